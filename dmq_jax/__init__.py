@@ -1,0 +1,1 @@
+"""Low-bit quantization and fine-tuning of diffusion models in JAX."""

@@ -1,0 +1,545 @@
+"""Schema of a run: every option, its unit, its default, and the check that it makes sense.
+
+A config file is Python with `get_config(arg=None)`; it starts from `base()`, adds a `student(...)`
+per quantized network, and changes what differs. `main.py` reads it with `config_flags`, applies
+`--config.a.b=value` and calls `from_config_dict` once; nothing below sees a ConfigDict.
+"""
+
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeVar
+
+T = TypeVar('T')
+
+FLOAT_BITS = 32  # a width of 32 bits means: leave the tensor in floating point
+
+
+@functools.cache
+def _hints(schema: type) -> dict[str, Any]:
+    return typing.get_type_hints(schema)
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f'; did you mean {near[0]!r}?' if near else ''
+
+
+def _check(holds: bool, text: str) -> None:
+    if not holds:
+        raise ValueError(text)
+
+
+def _check_choice(name: str, value: Any, hint: Any) -> None:
+    choices = typing.get_args(hint)
+    if value not in choices:
+        near = _nearest(value, choices) if isinstance(value, str) else ''
+        expected = ', '.join(map(repr, choices))
+        raise ValueError(f'{name}={value!r}: expected one of {expected}{near or "."}')
+
+
+def _check_choices(config: Any) -> None:
+    """Every field typed `Literal[...]` of `config` holds one of its values."""
+    for name, hint in _hints(type(config)).items():
+        if typing.get_origin(hint) is Literal:
+            _check_choice(name, getattr(config, name), hint)
+
+
+def _check_at_least(config: Any, minimum: int, *names: str) -> None:
+    """The numbers called `names` of `config` are finite and not below `minimum`."""
+    for name in names:
+        value = getattr(config, name)
+        holds = math.isfinite(value) and value >= minimum
+        _check(holds, f'{name}={value}: expected at least {minimum}.')
+
+
+def _check_bits(name: str, bits: int) -> None:
+    valid = 2 <= bits <= 8 or bits == FLOAT_BITS
+    _check(valid, f'{name}={bits}: expected 2..8, or {FLOAT_BITS} to stay in floating point.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The float network that is quantized."""
+
+    path: str = 'fashion_mnist'  # name of a bundled teacher, or a checkpoint file or folder
+
+    def __post_init__(self):
+        _check(bool(self.path), "path='': expected a bundled name, a file or a folder.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How images are drawn from a denoiser."""
+
+    name: Literal['ddim', 'ddpm', 'dpm_solver'] = 'ddim'  # update rule
+    num_steps: int = 20  # network evaluations per image (before guidance doubles them)
+    # which training timesteps are visited
+    spacing: Literal['uniform', 'quadratic', 'leading', 'trailing', 'linspace'] = 'uniform'
+    eta: float = 0.0  # share of fresh noise in [0, 1]; 0 is deterministic; DDIM only
+    guidance_scale: float = 1.0  # classifier-free guidance weight; 1 is none
+
+    def __post_init__(self):
+        _check_choices(self)
+        _check_at_least(self, 1, 'num_steps')
+        _check_at_least(self, 0, 'guidance_scale')
+        _check(0 <= self.eta <= 1, f'eta={self.eta}: expected 0..1.')
+        _check(
+            self.eta == 0 or self.name == 'ddim',
+            f'eta={self.eta} with name={self.name!r}: only ddim has an eta; set eta=0.0.',
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrateConfig:
+    """How activation statistics are collected: the teacher samples while it is observed."""
+
+    num_images: int = 64  # images sampled
+    batch_size: int = 32  # images per network call
+    values_per_tensor: int = 2048  # activation values kept per tensor, timestep and batch
+    sampler: SamplerConfig = SamplerConfig()  # its timesteps become the rows of the scale tables
+
+    def __post_init__(self):
+        _check_at_least(self, 1, 'num_images', 'batch_size', 'values_per_tensor')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RuleConfig:
+    """The widths of the layers whose whole path matches a pattern; the first match wins."""
+
+    pattern: str  # regular expression over paths like 'down_0/block_0/conv1'
+    weight_bits: int | None = None  # 2..8, 32 for float; None: the student's `weight_bits`
+    activation_bits: int | None = None  # 2..8, 32 for float; None: its `activation_bits`
+
+    def __post_init__(self):
+        _check(bool(self.pattern), "pattern='': expected a regular expression; all layers: '.*'.")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            text = f'pattern={self.pattern!r}: not a regular expression ({error}).'
+            raise ValueError(text) from None
+        for name in ('weight_bits', 'activation_bits'):
+            if getattr(self, name) is not None:
+                _check_bits(name, getattr(self, name))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """Which tensors become integers, how wide, and how their range is chosen."""
+
+    weight_bits: int = 4  # 2..8, or 32 for float
+    activation_bits: int = 4  # 2..8, or 32 for float
+    # 'paper': the layers the papers quantize; 'full': every one; 'rules': those `rules` name
+    coverage: Literal['paper', 'full', 'rules'] = 'paper'
+    rules: tuple[RuleConfig, ...] = ()  # tried before the coverage's own; first match wins
+    weight_symmetric: bool = True  # grid [-2^(b-1), 2^(b-1)-1] around zero, no zero point
+    weight_group_size: int | None = None  # contraction entries per scale; None: per channel
+    activation_symmetric: bool = False  # False: grid [0, 2^b-1] with a zero point
+    weight_observer: Literal['minmax', 'percentile', 'mse'] = 'mse'  # range of the weights
+    activation_observer: Literal['minmax', 'percentile', 'mse'] = 'mse'  # range of activations
+    percentile: float = 99.9  # per cent of the values covered by a 'percentile' observer
+    per_timestep: bool = True  # one activation scale per timestep instead of one for all
+    timestep_lookup: Literal['nearest', 'linear'] = 'nearest'  # row of a table for any t
+
+    def __post_init__(self):
+        _check_choices(self)
+        _check_bits('weight_bits', self.weight_bits)
+        _check_bits('activation_bits', self.activation_bits)
+        _check(50 < self.percentile <= 100, f'percentile={self.percentile}: expected 50..100.')
+        if self.weight_group_size is not None:
+            _check_at_least(self, 1, 'weight_group_size')
+        _check(
+            self.coverage != 'rules' or bool(self.rules),
+            "coverage='rules' with rules=(): list the rules, or use 'paper' or 'full'.",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RoundToNearestConfig:
+    """The baseline: calibrated ranges, rounding to nearest, nothing learnt."""
+
+    name: Literal['round_to_nearest'] = 'round_to_nearest'
+
+    def __post_init__(self):
+        _check_choices(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EfficientDMConfig:
+    """Low-rank fine-tuning with per-timestep scales (He et al., ICLR 2024, arXiv:2310.03270)."""
+
+    name: Literal['efficientdm'] = 'efficientdm'
+    lora_rank: int = 32  # inner dimension of the low-rank weight update
+    lora_rate_per_scale: float = 1 / 2500  # learning rate of the update per unit of weight scale
+    weight_scale_learning_rate: float = 1e-6  # Adam, weight scales
+    input_scale_learning_rate: float = 5e-4  # Adam, activation scales
+    base: Literal['float', 'dequantized'] = 'float'  # weights the low-rank update is added to
+    scale_aware: bool = True  # update rate proportional to each layer's weight scale
+    learn_zero_point: bool = True  # train the activations' zero points with their scales
+    loss: Literal['output', 'feature'] = 'output'  # compare predicted eps, or inner features
+
+    def __post_init__(self):
+        _check_choices(self)
+        _check_at_least(self, 1, 'lora_rank')
+        rates = 'lora_rate_per_scale', 'weight_scale_learning_rate', 'input_scale_learning_rate'
+        _check_at_least(self, 0, *rates)
+
+
+MethodConfig = RoundToNearestConfig | EfficientDMConfig  # chosen by the field `name`
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """Distillation of the teacher into the student, for methods that learn."""
+
+    num_iterations: int = 0  # optimizer steps; 0: calibrate only
+    batch_size: int = 16  # images per optimizer step
+    sampler: SamplerConfig = SamplerConfig(eta=1.0)  # draws the x_t the two are compared at
+    # 'trajectory': a batch descends all timesteps together; 'staggered': one start per image
+    positions: Literal['trajectory', 'staggered'] = 'trajectory'
+    remat: bool = False  # recompute activations in the backward pass: less memory, more time
+    schedule: Literal['linear', 'cosine'] = 'linear'  # decay of the learning rates to zero
+    checkpoint_every: int = 200  # optimizer steps between checkpoints
+    log_every: int = 20  # optimizer steps between lines of metrics.jsonl
+    max_to_keep: int = 2  # checkpoints kept; older ones are deleted
+
+    def __post_init__(self):
+        _check_choices(self)
+        _check_at_least(self, 0, 'num_iterations')
+        _check_at_least(self, 1, 'batch_size', 'checkpoint_every', 'log_every', 'max_to_keep')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """One quantized network of a run."""
+
+    method: MethodConfig = RoundToNearestConfig()
+    quant: QuantConfig = QuantConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+
+    def __post_init__(self):
+        _check(
+            self.finetune.num_iterations == 0 or self.method.name != 'round_to_nearest',
+            f'finetune.num_iterations={self.finetune.num_iterations}: the method '
+            f"'round_to_nearest' learns nothing; set it to 0 or choose another method.",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """The images drawn from every network for evaluation."""
+
+    num_images: int = 1000  # images per network
+    batch_size: int = 100  # images per network call; does not change the images
+    mode: Literal['integer', 'fake'] = 'integer'  # multiply integers, or simulate in float
+
+    def __post_init__(self):
+        _check_choices(self)
+        _check_at_least(self, 1, 'num_images', 'batch_size')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What the images are compared with, and in which feature space."""
+
+    features: str = 'bundled'  # feature network: 'bundled', or a file of Inception-v3 weights
+    reference: str = 'fashion_mnist'  # bundled statistics, or an .npz of images or statistics
+
+    def __post_init__(self):
+        for name in ('features', 'reference'):
+            _check(bool(getattr(self, name)), f"{name}='': expected a bundled name or a file.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """The pictures of the report."""
+
+    grid_size: int = 8  # rows and columns of an image grid
+    layers: tuple[str, ...] = ()  # paths whose scales are plotted over t; (): a few are chosen
+
+    def __post_init__(self):
+        _check_at_least(self, 1, 'grid_size')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """The devices of a run."""
+
+    data: int = -1  # devices a batch is split over; -1: all of them
+
+    def __post_init__(self):
+        _check(
+            self.data == -1 or self.data >= 1,
+            f'data={self.data}: expected a number of devices, or -1 for all.',
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A run: one teacher, any number of students, the same samples and metrics for all."""
+
+    seed: int = 0  # root of every random number
+    teacher: TeacherConfig = TeacherConfig()
+    sampler: SamplerConfig = SamplerConfig()  # draws the evaluated images
+    calibrate: CalibrateConfig = CalibrateConfig()
+    students: dict[str, StudentConfig] = dataclasses.field(default_factory=dict)  # name: student
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        _check(
+            0 <= self.seed < 2**32, f'seed={self.seed}: expected 0..2^32-1 (a 32-bit random seed).'
+        )
+        for name in self.students:
+            _check(
+                name.isidentifier() and name != 'teacher',
+                f"students has the name {name!r}: expected letters, digits and '_' (it names "
+                f"folders and command line options), and not 'teacher'.",
+            )
+
+
+def from_config_dict(mapping: Any, schema: type[T] = Config) -> T:
+    """The dataclass tree of a ConfigDict or a nested dict; missing fields take their defaults.
+
+    Args:
+      mapping: an `ml_collections.ConfigDict`, or nested dicts such as those of `to_dict`. Values
+        that already are dataclasses of the right type are taken as they are.
+      schema: the dataclass to build.
+
+    Raises:
+      ValueError: an unknown name (with the nearest known one), a wrong type, a value out of its
+        range; the text says where.
+    """
+    return _convert(mapping, schema, 'config')
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested dicts and tuples of plain values; `from_config_dict` of it, or of its JSON, is equal.
+
+    Args:
+      config: a dataclass of this module.
+    """
+    return dataclasses.asdict(config)
+
+
+def base(schema: type = Config):
+    """The defaults as an `ml_collections.ConfigDict`: what `get_config()` starts from.
+
+    Every field is present, so that every `--config.a.b=value` works; a field that may be None is
+    a placeholder of its type.
+
+    Args:
+      schema: the dataclass whose defaults are wanted.
+    """
+    return _config_dict(schema())
+
+
+def student(method: str | Mapping[str, Any] = 'round_to_nearest', **overrides: Any):
+    """A complete `config.students[...]` subtree, as an `ml_collections.ConfigDict`.
+
+    Args:
+      method: the method's name, or a dict of its options that includes `name`.
+      **overrides: options of StudentConfig, nested: `quant={'weight_bits': 8}`.
+
+    Raises:
+      ValueError: as `from_config_dict`.
+    """
+    options = {'name': method} if isinstance(method, str) else method
+    return _config_dict(
+        _convert({'method': options, **overrides}, StudentConfig, 'config.students.*')
+    )
+
+
+def describe(config: Any) -> str:
+    """The resolved `config` as indented JSON, for people and for config.json."""
+    return json.dumps(to_dict(config), indent=2)
+
+
+def _fail(path: str, value: Any, expected: str) -> typing.NoReturn:
+    raise ValueError(
+        f'{path}={value!r}: expected {expected}, got {type(value).__name__}; '
+        f'correct it in the config file or with --{path}=... on the command line.'
+    )
+
+
+def _items(value: Any, path: str, expected: str) -> dict[str, Any]:
+    """The entries of a dict or a ConfigDict, with placeholders resolved."""
+    if hasattr(value, 'to_dict'):
+        value = value.to_dict()
+    if not isinstance(value, Mapping):
+        _fail(path, value, expected)
+    return dict(value)
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    """`value` as the type `hint`, or a ValueError that names `path`."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else _build(value, hint, path)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(value, arguments, path)
+    if origin is dict:
+        entries = _items(value, path, 'a dict')
+        return {name: _convert(v, arguments[1], f'{path}.{name}') for name, v in entries.items()}
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            _fail(path, value, 'a list or a tuple')
+        return tuple(_convert(v, arguments[0], f'{path}[{i}]') for i, v in enumerate(value))
+    if origin is Literal:
+        value = _convert(value, type(arguments[0]), path)
+        _check_choice(path, value, hint)
+        return value
+    # bool is a subclass of int; as a number it is nearly always a slip.
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        _fail(path, value, hint.__name__)
+    return value
+
+
+def _convert_union(value: Any, options: Sequence[Any], path: str) -> Any:
+    """An optional value, or the dataclass among `options` whose default `name` is value.name."""
+    if types.NoneType in options:
+        (hint,) = (option for option in options if option is not types.NoneType)
+        return None if value is None else _convert(value, hint, path)
+    if isinstance(value, tuple(options)):
+        return value
+    schemas = {option.__dataclass_fields__['name'].default: option for option in options}
+    name = _items(value, path, 'a dict').get('name')
+    if name not in schemas:
+        near = _nearest(name, list(schemas)) if isinstance(name, str) else ''
+        raise ValueError(f'{path}.name={name!r}: expected one of {", ".join(schemas)}{near or "."}')
+    return _build(value, schemas[name], path)
+
+
+def _build(value: Any, schema: type, path: str) -> Any:
+    hints = _hints(schema)
+    entries = _items(value, path, f'the options of {schema.__name__}')
+    for name in entries:
+        if name not in hints:
+            near = _nearest(name, list(hints)) or f'; it has {", ".join(hints)}.'
+            raise ValueError(f'{schema.__name__} has no field {name!r}{near} (at {path})')
+    missing = [
+        field.name
+        for field in dataclasses.fields(schema)
+        if field.name not in entries
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    _check(not missing, f'{path} lacks {", ".join(missing)}: {schema.__name__} has no default.')
+    fields = {name: _convert(v, hints[name], f'{path}.{name}') for name, v in entries.items()}
+    try:
+        return schema(**fields)
+    except ValueError as error:
+        raise ValueError(f'{path}.{error}') from None
+
+
+def _config_dict(config: Any):
+    """A dataclass as a ConfigDict whose None fields know their type."""
+    import ml_collections
+    from ml_collections import config_dict
+
+    result = ml_collections.ConfigDict()
+    for name, hint in _hints(type(config)).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            value = _config_dict(value)
+        elif isinstance(value, dict):
+            entries = {key: _config_dict(entry) for key, entry in value.items()}
+            value = ml_collections.ConfigDict(entries)
+        elif types.NoneType in typing.get_args(hint):
+            (kind,) = set(typing.get_args(hint)) - {types.NoneType}
+            value = config_dict.FieldReference(value, field_type=kind)
+        result[name] = value
+    return result
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """Labelled images: an `.npz`, a folder with one subfolder per class, or a TFDS name."""
+
+    # an .npz with {train,test}_{images,labels}, a folder, or 'tfds:NAME'
+    path: str = 'data/fashion_mnist.npz'
+    image_size: int = 32  # smaller images are padded with zeros on every side
+    num_classes: int = 10  # labels are 0..num_classes-1
+
+    def __post_init__(self):
+        _check(bool(self.path), "path='': expected an .npz, a folder or tfds:NAME.")
+        _check_at_least(self, 1, 'image_size', 'num_classes')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The teacher's U-Net (`models/ddpm_unet.py`)."""
+
+    channels: tuple[int, ...] = (32, 64, 96)  # width of each level, finest first
+    layers_per_block: int = 1  # residual blocks per level on the way down
+    attention: tuple[bool, ...] = (False, True, False)  # levels with attention
+    head_dim: int | None = 32  # channels of one attention head; None: a single head
+    num_groups: int = 8  # groups of every GroupNorm
+    patch_size: int = 2  # pixels folded into channels along each side before the first layer
+
+    def __post_init__(self):
+        _check_at_least(self, 1, 'layers_per_block', 'num_groups', 'patch_size')
+        _check(
+            len(self.attention) == len(self.channels),
+            f'attention={self.attention}: expected one entry for each of {self.channels}.',
+        )
+        for width in self.channels:
+            _check(
+                width % self.num_groups == 0,
+                f'channels={self.channels}: expected multiples of num_groups={self.num_groups}.',
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """The small classifier whose features and accuracy judge the samples."""
+
+    num_epochs: int = 14  # passes over the training images
+    batch_size: int = 128  # images per optimizer step
+    learning_rate: float = 4e-3  # peak of the cosine schedule
+
+    def __post_init__(self):
+        _check_at_least(self, 1, 'num_epochs', 'batch_size')
+        _check_at_least(self, 0, 'learning_rate')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainTeacherConfig:
+    """Training of a small class-conditional float teacher, and of its classifier."""
+
+    name: str = 'fashion_mnist'  # stem of the files written
+    seed: int = 0  # root of every random number
+    dataset: DatasetConfig = DatasetConfig()
+    network: NetworkConfig = NetworkConfig()
+    classifier: ClassifierConfig = ClassifierConfig()
+    schedule: Literal['linear', 'cosine', 'scaled_linear'] = 'linear'  # noise schedule
+    prediction: Literal['eps', 'v'] = 'eps'  # what the network predicts
+    num_iterations: int = 12_000  # optimizer steps
+    batch_size: int = 64  # images per optimizer step
+    learning_rate: float = 8e-4  # peak; cosine decay to 1 % after the warm-up
+    warmup_iterations: int = 500  # steps from 0 to the peak
+    ema_decay: float = 0.999  # of the averaged weights that are kept
+    label_dropout: float = 0.1  # share of labels replaced by the null class, for guidance
+    dtype: Literal['float32', 'bfloat16'] = 'float32'  # of the computation; weights are float32
+    log_every: int = 50  # steps between lines of metrics.jsonl
+    checkpoint_every: int = 250  # steps between checkpoints
+    preview_every: int = 2000  # steps between grids of samples
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        _check_choices(self)
+        positive = 'num_iterations', 'batch_size', 'log_every', 'checkpoint_every', 'preview_every'
+        _check_at_least(self, 1, *positive)
+        _check_at_least(self, 0, 'learning_rate', 'warmup_iterations')
+        _check(0 <= self.ema_decay < 1, f'ema_decay={self.ema_decay}: expected 0..1 (below 1).')
+        _check(0 <= self.label_dropout < 1, f'label_dropout={self.label_dropout}: expected 0..1.')

@@ -1,0 +1,1 @@
+"""The diffusion process: noise schedules, timesteps and samplers; knows no network."""

@@ -1,0 +1,1 @@
+"""Readers of foreign files into arrays: they know no network."""

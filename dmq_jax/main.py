@@ -1,0 +1,72 @@
+"""Command line of a run.
+
+  python -m dmq_jax.main --config=configs/FILE.py[:ARGUMENT] --workdir=FOLDER
+
+reads the config file, applies `--config.a.b=value`, and runs the stages, leaving out what the
+folder already holds. `--dry-run` prints the resolved options and what would be quantized.
+"""
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from dmq_jax import command_line
+from dmq_jax.config import Config, describe
+
+_STAGES = flags.DEFINE_list('stages', None, 'Stages to run, comma-separated; all if not given.')
+_DRY_RUN = flags.DEFINE_bool('dry-run', False, 'Print options and plan, then stop.')
+_DISTRIBUTED = flags.DEFINE_bool(
+    'distributed', False, 'Join the other processes of a Slurm job, an MPI job or a TPU pod.'
+)
+
+
+def run(config: Config, workdir: Path | None) -> None:
+    """Hands the run to the pipeline.
+
+    Args:
+      config: the run.
+      workdir: its folder; None if nothing but a dry run is asked for.
+
+    Raises:
+      ValueError: for the name of a stage that does not exist.
+    """
+    # Imported late: it takes seconds, and --help and the checks before do not need it.
+    from dmq_jax import pipeline
+
+    stages = pipeline.STAGES if _STAGES.value is None else tuple(_STAGES.value)
+    check_stages(stages, pipeline.STAGES)
+    if _DISTRIBUTED.value:
+        import jax
+
+        jax.distributed.initialize()
+    if workdir is None:
+        print(describe(config))
+        pipeline.dry_run(config)
+    else:
+        pipeline.run(config, workdir, stages)
+
+
+def check_stages(stages: Sequence[str], known: Sequence[str]) -> None:
+    """Refuses stages that are not `known`.
+
+    Raises:
+      ValueError: with the nearest known name.
+    """
+    for stage in stages:
+        if stage not in known:
+            near = difflib.get_close_matches(stage, known, n=1)
+            hint = f'; did you mean {near[0]!r}?' if near else '.'
+            raise ValueError(f'--stages has no {stage!r}: expected {", ".join(known)}{hint}')
+    if not stages:
+        raise ValueError(f'--stages is empty: expected some of {", ".join(known)}.')
+
+
+def main() -> None:
+    """Entry point of `python -m dmq_jax.main`."""
+    command_line.run(Config, run, __doc__, needs_workdir=lambda: not _DRY_RUN.value)
+
+
+if __name__ == '__main__':
+    main()

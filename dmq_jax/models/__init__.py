@@ -1,0 +1,1 @@
+"""Float networks in plain Flax: they know nothing of quantization."""

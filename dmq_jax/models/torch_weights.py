@@ -1,0 +1,326 @@
+"""Checkpoints of `DDPMUNet` in other projects' names and layouts.
+
+The only place that renames and transposes checkpoint tensors. Two layouts are known:
+
+* diffusers' `UNet2DModel` (`down_blocks.0.resnets.0.conv1.weight`), whose settings come from its
+  `config.json`; attention in either of its spellings (`to_q` and, before 2023, `query`);
+* DDIM (Song et al. 2021, arXiv:2010.02502), ermongroup's and pesser's state dicts
+  (`down.0.block.0.conv1.weight`), where level i on the way up is stored under its *resolution* i,
+  not in the order of use, and attention is made of 1x1 convolutions.
+
+Torch stores Linear as [O, I] and Conv2d as OIHW; Flax wants [I, O] and HWIO.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jaxtyping import PyTree
+
+from dmq_jax.models.ddpm_unet import DDPMUNet
+
+# Settings of UNet2DModel that DDPMUNet has one answer to: setting -> accepted values.
+_FIXED = {
+    'center_input_sample': (False,),
+    'time_embedding_type': ('positional',),
+    'mid_block_type': ('UNetMidBlock2D',),
+    'mid_block_scale_factor': (1,),
+    'downsample_type': ('conv',),
+    'upsample_type': ('conv',),
+    'act_fn': ('silu', 'swish'),
+    'class_embed_type': (None,),
+}
+# Settings that change nothing at inference.
+_WITHOUT_EFFECT = {'sample_size', 'dropout', 'num_train_timesteps'}
+# What UNet2DModel takes where its config.json, maybe older than the setting, is silent.
+_DEFAULTS = {
+    'in_channels': 3,
+    'out_channels': 3,
+    'freq_shift': 0,
+    'flip_sin_to_cos': True,
+    'down_block_types': ('DownBlock2D', *3 * ('AttnDownBlock2D',)),
+    'up_block_types': (*3 * ('AttnUpBlock2D',), 'UpBlock2D'),
+    'block_out_channels': (224, 448, 672, 896),
+    'layers_per_block': 2,
+    'downsample_padding': 1,
+    'attention_head_dim': 8,
+    'norm_num_groups': 32,
+    'attn_norm_num_groups': None,
+    'norm_eps': 1e-5,
+    'resnet_time_scale_shift': 'default',
+    'add_attention': True,
+    'num_class_embeds': None,
+    'time_embedding_dim': None,
+}
+_PADDING = {0: 'asymmetric', 1: 'symmetric'}
+_SCALE_SHIFT = {'default': False, 'scale_shift': True}
+_DOWN_ATTENTION = {'DownBlock2D': False, 'AttnDownBlock2D': True}
+_UP_ATTENTION = {'UpBlock2D': False, 'AttnUpBlock2D': True}
+
+# Path in DDPMUNet -> name in the other layout; the first match wins.
+_DIFFUSERS = (
+    ('conv_in', 'conv_in'),
+    ('time_embed/dense_0', 'time_embedding.linear_1'),
+    ('time_embed/dense_1', 'time_embedding.linear_2'),
+    ('class_embed', 'class_embedding'),
+    (r'(down|up)_(\d+)/block_(\d+)/time_proj', r'\1_blocks.\2.resnets.\3.time_emb_proj'),
+    (r'(down|up)_(\d+)/block_(\d+)/(\w+)', r'\1_blocks.\2.resnets.\3.\4'),
+    (r'(down|up)_(\d+)/attention_(\d+)/norm', r'\1_blocks.\2.attentions.\3.group_norm'),
+    (r'(down|up)_(\d+)/attention_(\d+)/out', r'\1_blocks.\2.attentions.\3.to_out.0'),
+    (r'(down|up)_(\d+)/attention_(\d+)/(\w+)', r'\1_blocks.\2.attentions.\3.to_\4'),
+    (r'(down|up)_(\d+)/(down|up)sample', r'\1_blocks.\2.\3samplers.0.conv'),
+    (r'mid/block_(\d+)/time_proj', r'mid_block.resnets.\1.time_emb_proj'),
+    (r'mid/block_(\d+)/(\w+)', r'mid_block.resnets.\1.\2'),
+    (r'mid/attention_(\d+)/norm', r'mid_block.attentions.\1.group_norm'),
+    (r'mid/attention_(\d+)/out', r'mid_block.attentions.\1.to_out.0'),
+    (r'mid/attention_(\d+)/(\w+)', r'mid_block.attentions.\1.to_\2'),
+    ('norm_out', 'conv_norm_out'),
+    ('conv_out', 'conv_out'),
+)
+_DDIM = (
+    ('conv_in', 'conv_in'),
+    (r'time_embed/dense_(\d+)', r'temb.dense.\1'),
+    (r'(down|up)_(\d+)/block_(\d+)/time_proj', r'\1.\2.block.\3.temb_proj'),
+    (r'(down|up)_(\d+)/block_(\d+)/conv_shortcut', r'\1.\2.block.\3.nin_shortcut'),
+    (r'(down|up)_(\d+)/block_(\d+)/(\w+)', r'\1.\2.block.\3.\4'),
+    (r'(down|up)_(\d+)/attention_(\d+)/out', r'\1.\2.attn.\3.proj_out'),
+    (r'(down|up)_(\d+)/attention_(\d+)/(\w+)', r'\1.\2.attn.\3.\4'),
+    (r'(down|up)_(\d+)/(down|up)sample', r'\1.\2.\3sample.conv'),
+    (r'mid/block_0/time_proj', r'mid.block_1.temb_proj'),
+    (r'mid/block_1/time_proj', r'mid.block_2.temb_proj'),
+    (r'mid/block_0/(\w+)', r'mid.block_1.\1'),
+    (r'mid/block_1/(\w+)', r'mid.block_2.\1'),
+    (r'mid/attention_0/out', r'mid.attn_1.proj_out'),
+    (r'mid/attention_0/(\w+)', r'mid.attn_1.\1'),
+    ('norm_out', 'norm_out'),
+    ('conv_out', 'conv_out'),
+)
+_OLD_ATTENTION = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
+
+
+def network_from_diffusers(config: Mapping[str, Any]) -> DDPMUNet:
+    """The network that a `config.json` of diffusers' `UNet2DModel` describes.
+
+    Settings absent from `config` have the value that `UNet2DModel` gives them.
+
+    Raises:
+      ValueError: a setting, or a value of one, that `DDPMUNet` has no counterpart of.
+    """
+    if config.get('_class_name', 'UNet2DModel') != 'UNet2DModel':
+        raise ValueError(f'_class_name={config["_class_name"]!r}: expected UNet2DModel.')
+    for name, value in config.items():
+        if name in _FIXED and value not in _FIXED[name]:
+            raise _unsupported(name, value, _FIXED[name])
+        known = name in _FIXED or name in _DEFAULTS or name in _WITHOUT_EFFECT
+        if not known and not name.startswith('_'):
+            raise ValueError(f'{name}={value!r}: not a setting of UNet2DModel that is known here.')
+    settings = {**_DEFAULTS, **{k: v for k, v in config.items() if k in _DEFAULTS}}
+
+    def choose(name: str, table: Mapping[Any, Any], value: Any) -> Any:
+        if value not in table:
+            raise _unsupported(name, value, table)
+        return table[value]
+
+    def attention(name: str, table: Mapping[str, bool]) -> tuple[bool, ...]:
+        # 'UNetRes' is how the first releases spelled it; diffusers drops it, too.
+        return tuple(choose(name, table, kind.removeprefix('UNetRes')) for kind in settings[name])
+
+    channels = tuple(settings['block_out_channels'])
+    scale_shift = choose(
+        'resnet_time_scale_shift', _SCALE_SHIFT, settings['resnet_time_scale_shift']
+    )
+    groups = settings['norm_num_groups']
+    if not isinstance(groups, int):
+        raise _unsupported('norm_num_groups', groups, ('a number',))
+    if settings['time_embedding_dim'] not in (None, 4 * channels[0]):
+        raise _unsupported(
+            'time_embedding_dim', settings['time_embedding_dim'], (None, 4 * channels[0])
+        )
+    # With scale_shift, null means that the attention in the middle has no norm at all.
+    accepted = (groups,) if scale_shift else (groups, None)
+    if settings['add_attention'] and settings['attn_norm_num_groups'] not in accepted:
+        raise _unsupported('attn_norm_num_groups', settings['attn_norm_num_groups'], accepted)
+    return DDPMUNet(
+        channels=channels,
+        in_channels=settings['in_channels'],
+        out_channels=settings['out_channels'],
+        layers_per_block=settings['layers_per_block'],
+        down_attention=attention('down_block_types', _DOWN_ATTENTION),
+        up_attention=attention('up_block_types', _UP_ATTENTION),
+        mid_attention=settings['add_attention'],
+        head_dim=settings['attention_head_dim'],
+        num_groups=groups,
+        epsilon=settings['norm_eps'],
+        pad_downsample=choose('downsample_padding', _PADDING, settings['downsample_padding']),
+        cos_first=settings['flip_sin_to_cos'],
+        frequency_shift=settings['freq_shift'],
+        scale_shift=scale_shift,
+        num_class_embeds=settings['num_class_embeds'],
+    )
+
+
+def diffusers_from_network(network: DDPMUNet, image_size: tuple[int, int]) -> dict[str, Any]:
+    """The `config.json` of the `UNet2DModel` that computes what `network` does.
+
+    Args:
+      network: any settings but patches.
+      image_size: height and width, which the file states though no weight depends on them.
+
+    Raises:
+      ValueError: `patch_size` above 1, which `UNet2DModel` does not have.
+    """
+    if network.patch_size != 1:
+        raise ValueError(f'patch_size={network.patch_size}: UNet2DModel has none; expected 1.')
+    up_attention = network.up_attention or network.down_attention[::-1]
+    return {
+        '_class_name': 'UNet2DModel',
+        'sample_size': image_size[0] if image_size[0] == image_size[1] else list(image_size),
+        'in_channels': network.in_channels,
+        'out_channels': network.out_channels or network.in_channels,
+        'block_out_channels': list(network.channels),
+        'layers_per_block': network.layers_per_block,
+        'down_block_types': ['AttnDownBlock2D' if a else 'DownBlock2D' for a in network.down_attention],
+        'up_block_types': ['AttnUpBlock2D' if a else 'UpBlock2D' for a in up_attention],
+        'add_attention': network.mid_attention,
+        'attention_head_dim': network.head_dim,
+        'norm_num_groups': network.num_groups,
+        'attn_norm_num_groups': network.num_groups,
+        'norm_eps': network.epsilon,
+        'downsample_padding': {v: k for k, v in _PADDING.items()}[network.pad_downsample],
+        'flip_sin_to_cos': network.cos_first,
+        'freq_shift': network.frequency_shift,
+        'resnet_time_scale_shift': 'scale_shift' if network.scale_shift else 'default',
+        'num_class_embeds': network.num_class_embeds,
+    }  # fmt: skip
+
+
+def params_from_diffusers(tensors: Mapping[str, np.ndarray], network: DDPMUNet) -> PyTree:
+    """Parameters of `network` from the state dict of a `UNet2DModel`, float32.
+
+    Raises:
+      ValueError: naming the first tensor that is missing, left over or of another shape.
+    """
+    # A name of old attention ends in '.query.weight', one of now in '.to_q.weight'.
+    renamed = {}
+    for name in tensors:
+        head, _, leaf = name.rpartition('.')
+        block, _, layer = head.rpartition('.')
+        old = '.attentions.' in name and layer in _OLD_ATTENTION
+        renamed[f'{block}.{_OLD_ATTENTION[layer]}.{leaf}' if old else name] = name
+    return _params(tensors, renamed, network, _diffusers_name)
+
+
+def params_from_ddim(tensors: Mapping[str, np.ndarray], network: DDPMUNet) -> PyTree:
+    """Parameters of `network` from a state dict of the DDIM code, float32.
+
+    The prefix `module.`, which data-parallel training leaves on every name, is dropped.
+
+    Raises:
+      ValueError: naming the first tensor that is missing, left over or of another shape; or a
+        class-conditional network, which DDIM does not have.
+    """
+    if network.num_class_embeds is not None:
+        raise ValueError(
+            f'num_class_embeds={network.num_class_embeds}: DDIM checkpoints have no classes; '
+            f'expected None.'
+        )
+    renamed = {name.removeprefix('module.'): name for name in tensors}
+    last = len(network.channels) - 1
+
+    def ddim_name(path: str) -> str:
+        name = _rename(path, _DDIM)
+        return re.sub(r'^up\.(\d+)', lambda match: f'up.{last - int(match[1])}', name)
+
+    return _params(tensors, renamed, network, ddim_name)
+
+
+def diffusers_from_params(params: PyTree) -> dict[str, np.ndarray]:
+    """The state dict of the `UNet2DModel` with these parameters: `params_from_diffusers` undone."""
+    flat = traverse_util.flatten_dict(params, sep='/')
+    return {_diffusers_name(path): _to_torch(path, np.asarray(x)) for path, x in flat.items()}
+
+
+def _unsupported(name: str, value: Any, accepted: Iterable[Any]) -> ValueError:
+    return ValueError(
+        f'{name}={value!r} of UNet2DModel is not supported; expected '
+        f'{" or ".join(repr(a) for a in accepted)}.'
+    )
+
+
+def _rename(path: str, table: tuple[tuple[str, str], ...]) -> str:
+    """The foreign name of the parameter at `path`."""
+    module, _, leaf = path.rpartition('/')
+    for pattern, name in table:
+        if match := re.fullmatch(pattern, module):
+            return f'{match.expand(name)}.{"bias" if leaf == "bias" else "weight"}'
+    raise AssertionError(f'{path} is in no row of the table of names')
+
+
+def _diffusers_name(path: str) -> str:
+    return _rename(path, _DIFFUSERS)
+
+
+def _params(
+    tensors: Mapping[str, np.ndarray],
+    renamed: Mapping[str, str],
+    network: DDPMUNet,
+    foreign_name: Callable[[str], str],
+) -> PyTree:
+    """The tree of `network`, filled; `renamed` maps today's spelling to the one in `tensors`."""
+    expected = traverse_util.flatten_dict(_parameter_shapes(network), sep='/')
+    names = {path: foreign_name(path) for path in expected}
+    missing = sorted(set(names.values()) - renamed.keys())
+    left_over = sorted(renamed.keys() - set(names.values()))
+    if missing:
+        raise ValueError(
+            f'{len(missing)} tensors missing, e.g. {missing[0]!r}{_nearest(missing[0], left_over)}.'
+        )
+    if left_over:
+        raise ValueError(
+            f'{len(left_over)} tensors unused, e.g. {renamed[left_over[0]]!r}'
+            f'{_nearest(left_over[0], names.values())}: another network?'
+        )
+    flat = {}
+    for path, shape in expected.items():
+        tensor = np.asarray(tensors[renamed[names[path]]])
+        flat[path] = _from_torch(path, tensor, shape.ndim).astype(np.float32)
+        if flat[path].shape != shape.shape:
+            wanted = _to_torch(path, np.empty(shape.shape, np.bool_)).shape
+            raise ValueError(
+                f'{renamed[names[path]]!r} has shape {tensor.shape}, expected {wanted}.'
+            )
+    return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def _parameter_shapes(network: DDPMUNet) -> PyTree:
+    side = network.patch_size * 2 ** (len(network.channels) - 1)
+    x = jax.ShapeDtypeStruct((1, side, side, network.in_channels), jnp.float32)
+    number = jax.ShapeDtypeStruct((1,), jnp.int32)
+    y = None if network.num_class_embeds is None else number
+    return jax.eval_shape(network.init, jax.random.key(0), x, number, y)['params']
+
+
+def _nearest(name: str, candidates: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, candidates, n=1)
+    return f' (nearest: {close[0]!r})' if close else ''
+
+
+def _from_torch(path: str, tensor: np.ndarray, ndim: int) -> np.ndarray:
+    if not path.endswith('/kernel'):
+        return tensor
+    if ndim == 2:
+        # A 1x1 convolution over pixels, or over a sequence, is a dense layer.
+        ones = tuple(axis for axis in range(2, tensor.ndim) if tensor.shape[axis] == 1)
+        return tensor.squeeze(ones).T
+    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor
+
+
+def _to_torch(path: str, array: np.ndarray) -> np.ndarray:
+    if not path.endswith('/kernel'):
+        return array
+    return np.ascontiguousarray(array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1))

@@ -1,0 +1,1 @@
+"""Arithmetic of quantization: it knows no network and no paper."""

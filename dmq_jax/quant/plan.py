@@ -1,0 +1,107 @@
+"""Which tensor gets which spec: ordered rules over layer paths, first match wins."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+
+from dmq_jax.quant.tensor import QuantSpec
+
+INPUT_ROLES = {'dense': ('input',), 'conv': ('input',), 'tap': ('input',), 'product': ('lhs', 'rhs')}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizableLayer:
+    """A layer that could be quantized, as found in a network.
+
+    Attributes:
+      kind: 'dense', 'conv', 'product' or 'tap'.
+      weight_shape: shape of its kernel; None without one.
+    """
+
+    kind: str
+    weight_shape: tuple[int, ...] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """How one layer is quantized.
+
+    Attributes:
+      weight: its kernel; None leaves it float, or there is none.
+      inputs: its activations (of a product, both operands); None leaves them float.
+      per_timestep: one activation scale per timestep, or one for all.
+      trainable: whether methods may tune it (papers leave their 8-bit layers alone).
+    """
+
+    weight: QuantSpec | None
+    inputs: QuantSpec | None
+    per_timestep: bool = True
+    trainable: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rule:
+    """The spec of every layer whose whole path matches `pattern`.
+
+    Attributes:
+      pattern: regular expression.
+      spec: None leaves the layer float.
+      optional: a preset's rule that may match nothing; one a user wrote may not.
+    """
+
+    pattern: str
+    spec: LayerSpec | None
+    optional: bool = False
+
+
+Plan = Mapping[str, LayerSpec]
+
+
+def make_plan(layers: Mapping[str, QuantizableLayer], rules: Sequence[Rule]) -> dict[str, LayerSpec]:
+    """The spec of every quantized layer; layers left float are absent.
+
+    Args:
+      layers: every quantizable layer of the network, by path.
+      rules: tried in order.
+
+    Raises:
+      ValueError: a layer that no rule matches, or a rule that matches no layer first.
+    """
+    used: set[int] = set()
+    plan = {}
+    for path, layer in layers.items():
+        index = next((i for i, r in enumerate(rules) if re.fullmatch(r.pattern, path)), None)
+        if index is None:
+            raise ValueError(f"No rule matches layer {path!r}; end the list with pattern '.*'.")
+        used.add(index)
+        spec = rules[index].spec
+        if spec is not None:
+            if layer.weight_shape is None:
+                spec = dataclasses.replace(spec, weight=None)
+            if spec.weight is not None or spec.inputs is not None:
+                plan[path] = spec
+    unused = [r.pattern for i, r in enumerate(rules) if i not in used and not r.optional]
+    if unused:
+        raise ValueError(f'Rules that match no layer: {unused}. Layers: {sorted(layers)[:5]}, ...')
+    if not plan:
+        raise ValueError('The rules leave every layer in floating point; nothing to quantize.')
+    return plan
+
+
+def paper_rules(target: LayerSpec, edge: LayerSpec) -> list[Rule]:
+    """EfficientDM's coverage, as its code quantizes (arXiv:2310.03270).
+
+    Time embedding, first and last convolution stay at 8 bits with one scale for all timesteps and
+    are not tuned; 1x1 shortcuts, strided convolutions and the attention products stay float.
+    """
+    return [
+        Rule(pattern='time_embed/.*|conv_in|conv_out', spec=edge, optional=True),
+        Rule(pattern='.*(conv_shortcut|downsample)', spec=None, optional=True),
+        Rule(pattern='.*/(scores|mix)', spec=None, optional=True),
+        Rule(pattern='.*', spec=target, optional=True),
+    ]
+
+
+def full_rules(target: LayerSpec) -> list[Rule]:
+    """Every Dense, Conv and attention product at the target width; nothing is exempt."""
+    return [Rule(pattern='.*', spec=target, optional=True)]

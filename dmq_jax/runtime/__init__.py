@@ -1,0 +1,1 @@
+"""What a run needs around the mathematics: devices, checkpoints, logs, progress."""

@@ -1,0 +1,134 @@
+"""Any denoiser -> images, one random key per image.
+
+Image i depends on `fold_in(key, i)` and its label alone: not on the batch size, not on the number
+of devices, not on how often the run was interrupted. The only place that converts between pixels
+(uint8) and the range [-1, 1] that networks see.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+
+from dmq_jax import denoisers
+from dmq_jax.config import SamplerConfig
+from dmq_jax.diffusion import samplers
+
+
+class Batch(NamedTuple):
+    """Some of the images of a run.
+
+    Attributes:
+      indices: their place in the run.
+      images: pixels.
+      labels: the class each was conditioned on; None if unconditional.
+    """
+
+    indices: Int[np.ndarray, 'B']
+    images: UInt8[np.ndarray, 'B H W C']
+    labels: Int[np.ndarray, 'B'] | None
+
+
+def to_float(images: UInt8[Array, '*shape']) -> Float[Array, '*shape']:
+    """Pixels 0..255 -> [-1, 1], float32."""
+    return images.astype(jnp.float32) * (2 / 255) - 1
+
+
+def to_uint8(images: Float[Array, '*shape']) -> UInt8[Array, '*shape']:
+    """[-1, 1] -> pixels 0..255, rounded to nearest; values beyond are clipped."""
+    return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
+
+
+def balanced_labels(num_images: int, num_classes: int | None) -> Int[np.ndarray, 'N'] | None:
+    """Labels that go round the classes: every prefix is as balanced as can be."""
+    return None if num_classes is None else np.arange(num_images, dtype=np.int32) % num_classes
+
+
+@functools.partial(jax.jit, static_argnames=('predict', 'info', 'guidance_scale'))
+def sample_batch(
+    predict: denoisers.Predict,
+    info: denoisers.DenoiserInfo,
+    guidance_scale: float,
+    params: PyTree,
+    sampler: samplers.Sampler,
+    keys: Key[Array, 'B'],
+    labels: Int[Array, 'B'] | None,
+) -> UInt8[Array, 'B H W C']:
+    """Images of one batch: a single compiled program, whatever the timesteps."""
+    guided = denoisers.guided(predict, info, guidance_scale)
+
+    def visit(x, t):
+        return guided(params, x, t, labels), None
+
+    x_T = samplers.initial_noise(keys, info.image_shape)
+    x_0, _ = samplers.sample(visit, sampler, x_T, keys)
+    return to_uint8(x_0)
+
+
+def batches(
+    denoiser: denoisers.Denoiser,
+    config: SamplerConfig,
+    *,
+    labels: Int[np.ndarray, 'N'] | None,
+    num_images: int,
+    key: Key[Array, ''],
+    batch_size: int,
+    start: int = 0,
+) -> Iterator[Batch]:
+    """Yields the images of a run in order.
+
+    Args:
+      denoiser: teacher or student.
+      config: the sampler.
+      labels: class of each image; None if the denoiser is unconditional.
+      num_images: images of the run.
+      key: root key of the images.
+      batch_size: images per call; the last batch is filled up and cut, so one program serves all.
+      start: index of the first image wanted.
+    """
+    sampler = denoisers.make_denoiser_sampler(denoiser.info, config)
+    batch_size = min(batch_size, num_images)
+    for begin in range(start, num_images, batch_size):
+        indices = np.arange(begin, min(begin + batch_size, num_images))
+        padded = np.resize(indices, batch_size)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(padded, jnp.uint32))
+        images = sample_batch(
+            denoiser.predict, denoiser.info, config.guidance_scale, denoiser.params, sampler, keys,
+            None if labels is None else jnp.asarray(labels[padded], jnp.int32),
+        )  # fmt: skip
+        yield Batch(
+            indices,
+            np.asarray(images)[: len(indices)],
+            None if labels is None else labels[indices],
+        )
+
+
+def draw(
+    denoiser: denoisers.Denoiser,
+    config: SamplerConfig,
+    *,
+    labels: Int[np.ndarray, 'N'] | None,
+    key: Key[Array, ''],
+    batch_size: int,
+    num_images: int | None = None,
+) -> UInt8[np.ndarray, 'N H W C']:
+    """All images of a run at once; see `batches`."""
+    num_images = len(labels) if num_images is None else num_images
+    parts = batches(
+        denoiser, config, labels=labels, num_images=num_images, key=key, batch_size=batch_size
+    )
+    return np.concatenate([batch.images for batch in parts])
+
+
+def image_grid(images: UInt8[np.ndarray, 'N H W C'], columns: int) -> UInt8[np.ndarray, 'h w C']:
+    """The images as one picture, row by row, white where the last row is short."""
+    count, height, width, channels = images.shape
+    rows = -(-count // columns)
+    canvas = np.full((rows * columns, height, width, channels), 255, np.uint8)
+    canvas[:count] = images
+    canvas = canvas.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    return canvas.reshape(rows * height, columns * width, channels)

@@ -1,0 +1,1 @@
+"""Integer products and convolutions on bare arrays; imports nothing from `dmq_jax`."""

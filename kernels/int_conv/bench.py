@@ -1,0 +1,73 @@
+"""Times integer convolutions against float32: `python -m kernels.int_conv.bench [name ...]`.
+
+Columns: `int8` and `W4 packed` are the library, the rest its algorithms, whichever it chooses.
+"""
+
+import argparse
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from kernels import packing, timing
+from kernels.int_conv import choose, int_conv, xla
+from kernels.int_conv.shapes import REAL, Shape
+
+
+def variants(shape: Shape) -> dict[str, tuple]:
+    """The functions to compare on one shape, with operands; the float32 baseline first."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-128, 128, (shape.B, shape.H, shape.W, shape.C), np.int8))
+    w = rng.integers(-8, 8, (shape.O, shape.kernel, shape.kernel, shape.C), np.int8)
+    w_packed = jnp.asarray(packing.pack(w.reshape(shape.O, -1, shape.C), 4))
+    hwio = jnp.asarray(np.ascontiguousarray(w.transpose(1, 2, 3, 0)), jnp.float32)
+    w = jnp.asarray(w)
+    geometry = {'strides': (shape.stride,) * 2, 'padding': (shape.padding,) * 2}
+
+    def algorithm(name: str) -> tuple:
+        run = xla.ALGORITHMS[name]
+        return lambda x, w: run(x, w, **geometry, pad_value=0), (x, w)
+
+    return {
+        'float32': (
+            lambda x, w: lax.conv_general_dilated(
+                x,
+                w,
+                geometry['strides'],
+                geometry['padding'],
+                dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+            ),
+            (x.astype(jnp.float32), hwio),
+        ),
+        'int8': (lambda x, w: int_conv(x, w, **geometry), (x, w)),
+        'W4 packed': (lambda x, w: int_conv(x, w, bits=4, **geometry), (x, w_packed)),
+        **{name: algorithm(name) for name in xla.ALGORITHMS},
+    }
+
+
+def main() -> None:
+    """Prints one table row per shape, then the choice for each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('names', nargs='*', help=f'of {list(REAL)}; all by default')
+    parser.add_argument('--rounds', type=int, default=12, help='timed calls of each variant')
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(REAL):
+        parser.error(f'unknown shapes {sorted(unknown)}: expected some of {list(REAL)}')
+    names = arguments.names or list(REAL)
+    print(timing.report_header(variants(REAL[names[0]]), num_rounds=arguments.rounds))
+    for name in names:
+        shape = REAL[name]
+        timings = timing.measure(variants(shape), num_rounds=arguments.rounds)
+        height, width = (
+            (size + sum(shape.padding) - shape.kernel) // shape.stride + 1
+            for size in (shape.H, shape.W)
+        )
+        num_products = shape.B * height * width * shape.O * shape.C * shape.kernel**2
+        print(timing.report_line(name, timings, num_products=num_products), flush=True)
+    for name in names:
+        shape = REAL[name]
+        print(f'{name}: {choose((shape.O, shape.kernel, shape.kernel, shape.C)).reason}')
+
+
+if __name__ == '__main__':
+    main()

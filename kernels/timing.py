@@ -1,0 +1,69 @@
+"""Fair timing on a busy machine: variants take turns, and their medians are compared."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+
+
+class Timing(NamedTuple):
+    """Compile time, and the median time of one call, both of a jitted function."""
+
+    compile_s: float
+    median_s: float
+
+
+def measure(
+    variants: Mapping[str, tuple[Callable, tuple]], *, num_rounds: int
+) -> dict[str, Timing]:
+    """Times functions of one problem against each other.
+
+    Args:
+      variants: name → (function to jit, its arguments); the arguments are never constants.
+      num_rounds: timed calls of each, one of each per round, so that a change of load meets all.
+
+    Returns:
+      name → timing, after two calls that do not count.
+    """
+    compiled, compile_s, seconds = {}, {}, {name: [] for name in variants}
+    for name, (function, arguments) in variants.items():
+        start = time.perf_counter()
+        compiled[name] = jax.jit(function).lower(*arguments).compile()
+        compile_s[name] = time.perf_counter() - start
+    for index in range(num_rounds + 2):
+        for name, (_, arguments) in variants.items():
+            start = time.perf_counter()
+            jax.block_until_ready(compiled[name](*arguments))
+            if index >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(compile_s[name], statistics.median(seconds[name])) for name in variants}
+
+
+def report_line(shape_name: str, timings: Mapping[str, Timing], *, num_products: int) -> str:
+    """One Markdown table row: the first timing is the baseline, the others are ratios to it."""
+    (baseline, *others) = timings.values()
+    compile_s = max(timing.compile_s for timing in timings.values())
+    ratios = [f'{baseline.median_s / timing.median_s:.2f}x' for timing in others]
+    giga_operations = 2 * num_products / baseline.median_s / 1e9
+    cells = [
+        shape_name,
+        f'{baseline.median_s * 1e3:.2f}',
+        f'{giga_operations:.0f}',
+        *ratios,
+        f'{compile_s:.2f}',
+    ]
+    return f'| {" | ".join(cells)} |'
+
+
+def report_header(names: Mapping[str, object], *, num_rounds: int) -> str:
+    """The line that says where and how, and the head of the table for `report_line`."""
+    (_, *others) = names
+    device = jax.devices()[0]
+    cells = ['shape', 'float32 ms', 'Gop/s', *others, 'slowest compile s']
+    return (
+        f'jax {jax.__version__}, {device.platform} ({device.device_kind}), median of {num_rounds} '
+        'calls in turn; ratio = float32 by XLA / variant\n\n'
+        f'| {" | ".join(cells)} |\n|{"---|" * len(cells)}'
+    )

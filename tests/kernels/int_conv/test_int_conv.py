@@ -1,0 +1,229 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import packing
+from kernels.int_conv import choose, int_conv, xla
+from kernels.int_conv.api import BACKENDS
+from kernels.int_conv.shapes import REAL, SMALL
+
+NAMES = [None, *BACKENDS]
+
+
+def oracle(x, w, strides, padding, pad_value=0):
+    """int64, one output pixel at a time."""
+    (top, bottom), (left, right) = padding
+    B, H, W, C = x.shape
+    O, kh, kw, _ = w.shape  # noqa: E741
+    codes = np.broadcast_to(np.asarray(pad_value), (B,)).astype(np.int64)
+    padded = np.empty((B, top + H + bottom, left + W + right, C), np.int64)
+    padded[:] = codes[:, None, None, None]
+    padded[:, top : top + H, left : left + W] = x
+    height = (padded.shape[1] - kh) // strides[0] + 1
+    width = (padded.shape[2] - kw) // strides[1] + 1
+    out = np.empty((B, height, width, O), np.int64)
+    for i in range(height):
+        for j in range(width):
+            row, column = i * strides[0], j * strides[1]
+            window = padded[:, row : row + kh, column : column + kw]
+            out[:, i, j] = window.reshape(B, -1) @ w.reshape(O, -1).astype(np.int64).T
+    return out
+
+
+def operands(shape, low=-128, high=127):
+    rng = np.random.default_rng(0)
+    x = rng.integers(-128, 128, (shape.B, shape.H, shape.W, shape.C)).astype(np.int8)
+    size = (shape.O, shape.kernel, shape.kernel, shape.C)
+    w = rng.integers(low, high + 1, size).astype(np.int8)
+    return x, w, {'strides': (shape.stride,) * 2, 'padding': (shape.padding,) * 2}
+
+
+def pad_values(batch_size):
+    per_image = np.linspace(-128, 127, batch_size).astype(np.int32)
+    return [0, -128, 127, np.int32(3), jnp.int32(-5), jnp.asarray(per_image), per_image]
+
+
+@pytest.mark.parametrize('implementation', NAMES)
+@pytest.mark.parametrize('shape', SMALL.values(), ids=SMALL)
+def test_matches_int64_exactly(shape, implementation):
+    x, w, geometry = operands(shape)
+    got = int_conv(jnp.asarray(x), jnp.asarray(w), implementation=implementation, **geometry)
+    assert got.dtype == jnp.int32
+    np.testing.assert_array_equal(got, oracle(x, w, **geometry))
+
+
+@pytest.mark.parametrize('implementation', BACKENDS)
+@pytest.mark.parametrize('name', ['ragged', 'stride_2_pad_0_1'])
+def test_padding_holds_the_code_of_zero_of_all_images_or_of_each(name, implementation):
+    shape = SMALL[name]
+    x, w, geometry = operands(shape)
+    for pad_value in pad_values(shape.B):
+        got = int_conv(
+            jnp.asarray(x),
+            jnp.asarray(w),
+            pad_value=pad_value,
+            implementation=implementation,
+            **geometry,
+        )
+        np.testing.assert_array_equal(got, oracle(x, w, **geometry, pad_value=pad_value))
+
+
+@pytest.mark.parametrize('algorithm', xla.ALGORITHMS)
+@pytest.mark.parametrize('shape', SMALL.values(), ids=SMALL)
+def test_every_algorithm_is_exact_whichever_this_platform_chooses(shape, algorithm):
+    x, w, geometry = operands(shape)
+    for pad_value in (0, jnp.arange(shape.B, dtype=jnp.int32) - 2):
+        got = jax.jit(
+            lambda x, w, pad_value=pad_value: xla.ALGORITHMS[algorithm](
+                x, w, pad_value=pad_value, **geometry
+            )
+        )(x, w)
+        np.testing.assert_array_equal(got, oracle(x, w, **geometry, pad_value=pad_value))
+
+
+@pytest.mark.parametrize('implementation', NAMES)
+@pytest.mark.parametrize(
+    ('bits', 'signed'), [(2, True), (3, True), (4, True), (4, False), (8, True)]
+)
+def test_packed_weights_match_int64_exactly_under_jit(bits, signed, implementation):
+    low = -(2 ** (bits - 1)) if signed else 0
+    for name in ('ragged', 'stride_2_pad_0_1', 'pointwise'):
+        shape = SMALL[name]
+        x, w, geometry = operands(shape, low, low + 2**bits - 1)
+        packed = packing.pack(w.reshape(shape.O, -1, shape.C), bits)
+
+        @jax.jit
+        def run(x, packed, geometry=geometry):
+            return int_conv(
+                x, packed, bits=bits, signed=signed, implementation=implementation, **geometry
+            )
+
+        np.testing.assert_array_equal(run(x, packed), oracle(x, w, **geometry))
+
+
+@pytest.mark.parametrize('implementation', BACKENDS)
+@pytest.mark.parametrize('x_code', [-128, 127])
+@pytest.mark.parametrize('w_code', [-128, 127])
+def test_both_ends_of_the_range_are_exact_beyond_float32(w_code, x_code, implementation):
+    # 9 * 256 * 128^2 = 3.8e7 exceeds 2^24: a float32 accumulator would round the odd sums.
+    x, w = np.full((1, 3, 3, 256), x_code, np.int8), np.full((2, 3, 3, 256), w_code, np.int8)
+    x[0, 0, 0, 0] = 1
+    geometry = {'strides': (1, 1), 'padding': ((1, 1), (1, 1))}
+    got = int_conv(jnp.asarray(x), jnp.asarray(w), implementation=implementation, **geometry)
+    np.testing.assert_array_equal(got, oracle(x, w, **geometry))
+
+
+@pytest.mark.parametrize('name', ['conv_4x4_256_b8', 'conv_out_b8', 'conv_in_b8'])
+def test_layers_of_the_cifar_unet_are_exact(name):
+    shape = REAL[name]._replace(B=1)
+    x, w, geometry = operands(shape)
+    got = int_conv(jnp.asarray(x), jnp.asarray(w), pad_value=-7, **geometry)
+    np.testing.assert_array_equal(got, oracle(x, w, **geometry, pad_value=-7))
+
+
+def test_uneven_geometry_on_each_axis_is_exact():
+    rng = np.random.default_rng(2)
+    x = rng.integers(-128, 128, (2, 6, 9, 20)).astype(np.int8)
+    w = rng.integers(-128, 128, (4, 2, 3, 20)).astype(np.int8)
+    geometry = {'strides': (1, 2), 'padding': ((0, 1), (2, 0))}
+    packed = packing.pack(w.reshape(4, 6, 20), 8)
+    for implementation in BACKENDS:
+        got = int_conv(jnp.asarray(x), jnp.asarray(w), implementation=implementation, **geometry)
+        np.testing.assert_array_equal(got, oracle(x, w, **geometry))
+        got = int_conv(
+            jnp.asarray(x),
+            jnp.asarray(packed),
+            bits=8,
+            kernel_size=(2, 3),
+            implementation=implementation,
+            **geometry,
+        )
+        np.testing.assert_array_equal(got, oracle(x, w, **geometry))
+
+
+@pytest.mark.parametrize('implementation', ['reference', *xla.ALGORITHMS])
+@pytest.mark.parametrize('in_axes', [(0, None), (None, 0), (0, 0)])
+def test_vmap_equals_the_parts(in_axes, implementation):
+    x, w, geometry = operands(SMALL['ragged'])
+    x, w = np.stack([x, x[::-1]]), np.stack([w, w[::-1]])
+    pad_value = jnp.array([4, -3, 0], jnp.int32)
+
+    def run(x, w):
+        if implementation in xla.ALGORITHMS:
+            return xla.ALGORITHMS[implementation](x, w, pad_value=pad_value, **geometry)
+        return int_conv(x, w, pad_value=pad_value, implementation=implementation, **geometry)
+
+    operands_ = [a if axis == 0 else a[0] for a, axis in zip((x, w), in_axes, strict=True)]
+    got = jax.jit(jax.vmap(run, in_axes))(*operands_)
+    for index in range(2):
+        parts = [a[index] if axis == 0 else a[0] for a, axis in zip((x, w), in_axes, strict=True)]
+        expected = oracle(*parts, **geometry, pad_value=np.asarray(pad_value))
+        np.testing.assert_array_equal(got[index], expected)
+
+
+def test_pad_value_may_be_traced():
+    x, w, geometry = operands(SMALL['ragged'])
+    run = jax.jit(lambda x, w, pad_value: int_conv(x, w, pad_value=pad_value, **geometry))
+    for pad_value in (0, 9, -128):
+        got = run(x, w, jnp.int32(pad_value))
+        np.testing.assert_array_equal(got, oracle(x, w, **geometry, pad_value=pad_value))
+    assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize('platform', xla.dot.PLATFORMS)
+def test_only_tpu_and_recent_cpu_use_the_direct_convolution(platform, monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: platform)
+    monkeypatch.setattr(xla, '_DIRECT_IS_FAST_ON_CPU', True)
+    algorithm, _ = xla.choose_algorithm((128, 3, 3, 128))
+    assert algorithm == ('im2col' if platform == 'gpu' else 'direct')
+    monkeypatch.setattr(xla, '_DIRECT_IS_FAST_ON_CPU', False)
+    algorithm, _ = xla.choose_algorithm((128, 3, 3, 128))
+    assert algorithm == ('direct' if platform == 'tpu' else 'im2col')
+
+
+def test_choose_names_what_runs_and_why():
+    choice = choose((3, 3, 3, 128))
+    assert choice.implementation == 'xla'
+    assert 'outputs_first' in choice.reason
+    assert choose((3, 3, 3, 128), 'reference') == ('reference', 'named by the caller')
+
+
+def test_a_named_back_end_never_falls_back(monkeypatch):
+    x, w, geometry = operands(SMALL['pointwise'])
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'metal')
+    with pytest.raises(NotImplementedError, match='not metal'):
+        int_conv(jnp.asarray(x), jnp.asarray(w), implementation='xla', **geometry)
+    assert choose(w.shape).implementation == 'reference'
+
+
+def test_a_sum_that_may_exceed_int32_is_an_error():
+    x, w = jnp.ones((1, 3, 3, 14_564), jnp.int8), jnp.ones((1, 3, 3, 14_564), jnp.int8)
+    geometry = {'strides': (1, 1), 'padding': ((0, 0), (0, 0))}
+    with pytest.raises(ValueError, match='may exceed int32'):
+        int_conv(x, w, **geometry)
+    assert int_conv(x, w, w_max=1, **geometry).item() == 9 * 14_564
+
+
+def test_wrong_operands_say_what_was_expected():
+    x, w, geometry = operands(SMALL['ragged'])
+    x, w = jnp.asarray(x), jnp.asarray(w)
+    with pytest.raises(ValueError, match='expected int8 .B, H, W, C'):
+        int_conv(x[0], w, **geometry)
+    with pytest.raises(ValueError, match=r'expected \[O, kh, kw, C=3\]'):
+        int_conv(x, w[..., :2], **geometry)
+    with pytest.raises(ValueError, match='each >= 0'):
+        int_conv(x, w, strides=(1, 1), padding='SAME')
+    with pytest.raises(ValueError, match='two integers >= 1'):
+        int_conv(x, w, strides=(0, 1), padding=((1, 1), (1, 1)))
+    with pytest.raises(ValueError, match='smaller than the kernel'):
+        int_conv(x[:, :2], w, strides=(1, 1), padding=((0, 0), (0, 0)))
+    with pytest.raises(ValueError, match='pad_value=128'):
+        int_conv(x, w, pad_value=128, **geometry)
+    with pytest.raises(ValueError, match=r'shape \(\) or \(3,\)'):
+        int_conv(x, w, pad_value=jnp.zeros(2, jnp.int32), **geometry)
+    packed = jnp.asarray(packing.pack(np.zeros((5, 6, 3), np.int8), 4))
+    with pytest.raises(ValueError, match='not square'):
+        int_conv(x, packed, bits=4, **geometry)
+    with pytest.raises(ValueError, match=r'expected \[O, kh \* kw, 1\]'):
+        int_conv(x, packed, bits=2, **geometry)

@@ -1,0 +1,33 @@
+import sys
+
+import jax.numpy as jnp
+import pytest
+
+from kernels import timing
+from kernels.int_conv import bench as int_conv_bench
+from kernels.int_matmul import bench as int_matmul_bench
+
+
+def test_every_variant_is_compiled_and_timed():
+    x = jnp.ones((4, 4), jnp.float32)
+    variants = {'float32': (jnp.matmul, (x, x)), 'sum': (jnp.sum, (x,))}
+    timings = timing.measure(variants, num_rounds=3)
+    assert list(timings) == ['float32', 'sum']
+    assert all(t.compile_s > 0 and t.median_s > 0 for t in timings.values())
+
+
+def test_ratios_are_baseline_over_variant():
+    timings = {'float32': timing.Timing(0.5, 0.004), 'int8': timing.Timing(0.7, 0.002)}
+    line = timing.report_line('layer', timings, num_products=2_000_000)
+    assert line == '| layer | 4.00 | 1 | 2.00x | 0.70 |'
+
+
+@pytest.mark.parametrize(
+    ('bench', 'shape_name'),
+    [(int_conv_bench, 'conv_4x4_256_b8'), (int_matmul_bench, 'time_embedding')],
+)
+def test_a_benchmark_prints_a_row_for_the_shape_asked_for(bench, shape_name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['bench', shape_name, '--rounds', '1'])
+    bench.main()
+    printed = capsys.readouterr().out
+    assert 'cpu' in printed and f'| {shape_name} |' in printed
