@@ -177,18 +177,18 @@ class EfficientDMConfig:
     name: Literal['efficientdm'] = 'efficientdm'
     lora_rank: int = 32  # inner dimension of the low-rank weight update
     lora_rate_per_scale: float = 1 / 2500  # learning rate of the update per unit of weight scale
-    weight_scale_learning_rate: float = 1e-6  # Adam, weight scales
-    input_scale_learning_rate: float = 5e-4  # Adam, activation scales
+    weight_scale_learning_rate: float = 1e-3  # Adam, per unit of each weight scale
+    input_scale_learning_rate: float = 5e-3  # Adam, per unit of each activation scale
+    zero_point_learning_rate: float = 2e-2  # Adam, in integer steps
     base: Literal['float', 'dequantized'] = 'float'  # weights the low-rank update is added to
     scale_aware: bool = True  # update rate proportional to each layer's weight scale
-    learn_zero_point: bool = True  # train the activations' zero points with their scales
     loss: Literal['output', 'feature'] = 'output'  # compare predicted eps, or inner features
 
     def __post_init__(self):
         _check_choices(self)
         _check_at_least(self, 1, 'lora_rank')
         rates = 'lora_rate_per_scale', 'weight_scale_learning_rate', 'input_scale_learning_rate'
-        _check_at_least(self, 0, *rates)
+        _check_at_least(self, 0, *rates, 'zero_point_learning_rate')
 
 
 MethodConfig = RoundToNearestConfig | EfficientDMConfig  # chosen by the field `name`

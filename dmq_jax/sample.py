@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from dmq_jax import denoisers
 from dmq_jax.config import SamplerConfig
 from dmq_jax.diffusion import samplers
+from dmq_jax.runtime import mesh
 
 
 class Batch(NamedTuple):
@@ -78,6 +79,7 @@ def batches(
     key: Key[Array, ''],
     batch_size: int,
     start: int = 0,
+    device_mesh: mesh.Mesh | None = None,
 ) -> Iterator[Batch]:
     """Yields the images of a run in order.
 
@@ -89,17 +91,22 @@ def batches(
       key: root key of the images.
       batch_size: images per call; the last batch is filled up and cut, so one program serves all.
       start: index of the first image wanted.
+      device_mesh: splits every batch over its devices; None uses the default device.
     """
     sampler = denoisers.make_denoiser_sampler(denoiser.info, config)
-    batch_size = min(batch_size, num_images)
+    params = denoiser.params
+    if device_mesh is not None:
+        params = mesh.replicate(device_mesh, params)
     for begin in range(start, num_images, batch_size):
         indices = np.arange(begin, min(begin + batch_size, num_images))
         padded = np.resize(indices, batch_size)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(padded, jnp.uint32))
+        y = None if labels is None else jnp.asarray(labels[padded], jnp.int32)
+        if device_mesh is not None:
+            keys, y = mesh.shard_batch(device_mesh, (keys, y))
         images = sample_batch(
-            denoiser.predict, denoiser.info, config.guidance_scale, denoiser.params, sampler, keys,
-            None if labels is None else jnp.asarray(labels[padded], jnp.int32),
-        )  # fmt: skip
+            denoiser.predict, denoiser.info, config.guidance_scale, params, sampler, keys, y
+        )
         yield Batch(
             indices,
             np.asarray(images)[: len(indices)],

@@ -177,6 +177,10 @@ def diffusers_from_network(network: DDPMUNet, image_size: tuple[int, int]) -> di
     if network.patch_size != 1:
         raise ValueError(f'patch_size={network.patch_size}: UNet2DModel has none; expected 1.')
     up_attention = network.up_attention or network.down_attention[::-1]
+    down_types, up_types, paddings = (
+        {value: name for name, value in table.items()}
+        for table in (_DOWN_ATTENTION, _UP_ATTENTION, _PADDING)
+    )
     return {
         '_class_name': 'UNet2DModel',
         'sample_size': image_size[0] if image_size[0] == image_size[1] else list(image_size),
@@ -184,19 +188,19 @@ def diffusers_from_network(network: DDPMUNet, image_size: tuple[int, int]) -> di
         'out_channels': network.out_channels or network.in_channels,
         'block_out_channels': list(network.channels),
         'layers_per_block': network.layers_per_block,
-        'down_block_types': ['AttnDownBlock2D' if a else 'DownBlock2D' for a in network.down_attention],
-        'up_block_types': ['AttnUpBlock2D' if a else 'UpBlock2D' for a in up_attention],
+        'down_block_types': [down_types[attention] for attention in network.down_attention],
+        'up_block_types': [up_types[attention] for attention in up_attention],
         'add_attention': network.mid_attention,
         'attention_head_dim': network.head_dim,
         'norm_num_groups': network.num_groups,
         'attn_norm_num_groups': network.num_groups,
         'norm_eps': network.epsilon,
-        'downsample_padding': {v: k for k, v in _PADDING.items()}[network.pad_downsample],
+        'downsample_padding': paddings[network.pad_downsample],
         'flip_sin_to_cos': network.cos_first,
         'freq_shift': network.frequency_shift,
         'resnet_time_scale_shift': 'scale_shift' if network.scale_shift else 'default',
         'num_class_embeds': network.num_class_embeds,
-    }  # fmt: skip
+    }
 
 
 def params_from_diffusers(tensors: Mapping[str, np.ndarray], network: DDPMUNet) -> PyTree:

@@ -1,7 +1,7 @@
 """Integer convolution by XLA: three exact algorithms, chosen by platform, version and shape.
 
 * `direct`: one `conv_general_dilated` with an int32 accumulator. XLA for GPU does not compile it
-  (openxla refuses int8 to int32), and before jax 0.11 the CPU code is slower than a dot.
+  (jax issue 7637), and before jax 0.11 the CPU code is slower than a dot.
 * `im2col`: the taps side by side along K, then one int8 dot. The copy is int8, kh * kw times x.
 * `outputs_first`: one dot gives every tap's output at every pixel, then shifted sums. Only for
   very few outputs, such as the last layer of a U-Net (O = 3).
@@ -31,8 +31,8 @@ def choose_algorithm(w_shape: tuple[int, int, int, int]) -> tuple[str, str]:
         return 'im2col', 'a 1x1 kernel is a dot without any copy'
     if platform == 'tpu':
         return 'direct', 'XLA for TPU has int8 convolutions'
-    if 4 * num_outputs <= channels:
-        return 'outputs_first', 'int32 taps of so few outputs are smaller than int8 taps of x'
+    if kh * kw * num_outputs <= channels:
+        return 'outputs_first', f'O={num_outputs}: every tap of the output is smaller than x'
     if platform == 'gpu':
         return 'im2col', 'XLA for GPU does not compile int8 convolutions to int32'
     if not _DIRECT_IS_FAST_ON_CPU:

@@ -1,0 +1,87 @@
+"""Images -> how close they are to the training images, and to the teacher's.
+
+In-domain metrics: features and classes come from a small classifier of the same data set, so the
+distance is called FD with the data set's name, never FID.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from dmq_jax.config import EvaluateConfig
+from dmq_jax.denoisers import ASSETS
+from dmq_jax.metrics import classifier, frechet, neighbours, similarity
+
+
+class Reference(NamedTuple):
+    """What images are compared with.
+
+    Attributes:
+      network: the feature network.
+      statistics: of the real images.
+      name: of the distance, e.g. 'FD-FMNIST'.
+    """
+
+    network: classifier.FeatureNetwork
+    statistics: classifier.Reference
+    name: str
+
+
+_NAMES = {'fashion_mnist': 'FD-FMNIST'}
+
+
+def load_reference(config: EvaluateConfig) -> Reference:
+    """The feature network and the statistics of the real images.
+
+    Raises:
+      FileNotFoundError: neither bundled names nor files.
+      ValueError: files that do not belong together.
+    """
+
+    def find(value: str, suffix: str) -> Any:
+        bundled = ASSETS / f'{value}_{suffix}'
+        return bundled if bundled.is_file() else value
+
+    bundled = config.reference if config.features == 'bundled' else config.features
+    network = classifier.load_classifier(find(bundled, 'classifier.safetensors'))
+    statistics = classifier.load_reference(find(config.reference, 'reference.npz'), network)
+    return Reference(network, statistics, _NAMES.get(config.reference, 'FD'))
+
+
+def run(
+    images: UInt8[np.ndarray, 'N H W C'],
+    labels: Int[np.ndarray, 'N'] | None,
+    reference: Reference,
+    teacher_images: UInt8[np.ndarray, 'N H W C'] | None = None,
+) -> dict[str, float | None]:
+    """Every metric of one set of images.
+
+    Args:
+      images: pixels.
+      labels: the class each image was conditioned on.
+      reference: from `load_reference`.
+      teacher_images: the teacher's, from the same noise and classes.
+
+    Returns:
+      `fd`, `precision`, `recall` (k = 3); `class_accuracy`, the share of images recognised as
+      their class; `psnr_to_teacher` (dB, mean over images) and `ssim_to_teacher`.
+    """
+    features, probabilities = classifier.extract(reference.network, images)
+    gaussian = frechet.gaussian_statistics(features)
+    precision_recall = neighbours.precision_recall(features, reference.statistics.features)
+    result: dict[str, float | None] = {
+        'fd': frechet.frechet_distance(gaussian, reference.statistics.statistics),
+        'precision': float(precision_recall.precision),
+        'recall': float(precision_recall.recall),
+        'class_accuracy': None,
+        'psnr_to_teacher': None,
+        'ssim_to_teacher': None,
+    }
+    if labels is not None:
+        result['class_accuracy'] = float(np.mean(probabilities.argmax(axis=-1) == labels))
+    if teacher_images is not None:
+        compared = similarity.compare_images(images, teacher_images)
+        result['psnr_to_teacher'] = float(compared.psnr.mean())
+        result['ssim_to_teacher'] = float(compared.ssim.mean())
+    return result

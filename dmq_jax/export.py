@@ -1,0 +1,242 @@
+"""Learnt state -> packed integers and a manifest, and back to a denoiser that runs them.
+
+An export needs neither the method, nor the low-rank updates, nor the teacher: it holds packed
+codes, scales, zero points, tables over timesteps, the parameters left in float, and
+`manifest.json`, which says how to read the rest. The tensors are written as safetensors, which any
+language reads, and as an orbax checkpoint.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Array, Int
+
+from dmq_jax import denoisers
+from dmq_jax.methods.base import Bound, Tables
+from dmq_jax.quant.layers import integer_weight
+from dmq_jax.quant.plan import LayerSpec
+from dmq_jax.quant.tensor import QuantizedTensor, QuantSpec, dequantize, pack
+from dmq_jax.runtime import checkpoint, log
+
+FORMAT = 'dmq_jax.export.1'
+
+
+class Exported(NamedTuple):
+    """A quantized network by itself.
+
+    Attributes:
+      network: the float Flax module it is a quantization of.
+      info: schedule, prediction type, image shape, classes.
+      plan: what is quantized, and how.
+      lookup: how the row of a table is found.
+      timesteps: of the rows of the tables.
+      weights: packed kernels by path.
+      tables: scales and zero points of the activations.
+      params: everything left in float.
+    """
+
+    network: Any
+    info: denoisers.DenoiserInfo
+    plan: dict[str, LayerSpec]
+    lookup: str
+    timesteps: Int[np.ndarray, 'S']
+    weights: dict[str, QuantizedTensor]
+    tables: Tables
+    params: Any
+
+
+def make(
+    teacher: denoisers.Denoiser,
+    plan: dict[str, LayerSpec],
+    bound: Bound,
+    timesteps: Int[np.ndarray, 'S'],
+    lookup: str,
+) -> Exported:
+    """Packs what `method.bind` returned."""
+    bound = jax.device_get(bound)
+    weights = {
+        path: pack(weight.codes, weight.scale, weight.zero_point, spec=plan[path].weight)
+        for path, weight in bound.weights.items()
+    }
+    flat = traverse_util.flatten_dict(jax.device_get(teacher.params), sep='/')
+    kept = {name: leaf for name, leaf in flat.items() if name.removesuffix('/kernel') not in weights}
+    tables = {
+        path: {
+            role: {
+                'scale': np.asarray(table['scale'], np.float32),
+                'zero_point': np.round(table['zero_point']).astype(np.int32),
+            }
+            for role, table in roles.items()
+        }
+        for path, roles in bound.tables.items()
+    }
+    return Exported(
+        network=teacher.network,
+        info=teacher.info,
+        plan=plan,
+        lookup=lookup,
+        timesteps=np.asarray(timesteps, np.int32),
+        weights=weights,
+        tables=tables,
+        params=traverse_util.unflatten_dict(kept, sep='/'),
+    )
+
+
+def denoiser(exported: Exported, mode: str = 'integer') -> denoisers.Denoiser:
+    """The exported network, ready to sample.
+
+    Args:
+      exported: from `make` or `load`.
+      mode: 'integer' multiplies int8 codes into int32; 'fake' does the same in float.
+
+    Raises:
+      ValueError: an unknown mode.
+    """
+    if mode not in ('integer', 'fake'):
+        raise ValueError(f"mode={mode!r}: expected 'integer' or 'fake'.")
+    tables = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), exported.tables)
+    params = {'tables': tables, 'timesteps': jnp.asarray(exported.timesteps)}
+    if mode == 'integer':
+        params['params'] = jax.tree.map(jnp.asarray, exported.params)
+        params['weights'] = {p: integer_weight(w) for p, w in exported.weights.items()}
+    else:
+        flat = dict(traverse_util.flatten_dict(exported.params, sep='/'))
+        flat |= {f'{path}/kernel': dequantize(w) for path, w in exported.weights.items()}
+        params['params'] = jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(flat, sep='/'))
+    predict = denoisers.QuantizedPredict(
+        exported.network, tuple(exported.plan.items()), exported.lookup, mode
+    )
+    return denoisers.Denoiser(predict, params, exported.info, exported.network)
+
+
+def size_bytes(exported: Exported) -> int:
+    """Bytes of everything a run needs: codes, scales, zero points, tables, float parameters."""
+    tensors = _tensors(exported)
+    return sum(a.nbytes for a in tensors.values())
+
+
+def _tensors(exported: Exported) -> dict[str, np.ndarray]:
+    """Every array, by the name it has in the file."""
+    tensors = {'timesteps': exported.timesteps}
+    for path, weight in exported.weights.items():
+        tensors[f'weights/{path}/packed'] = np.asarray(weight.packed)
+        tensors[f'weights/{path}/scale'] = np.asarray(weight.scale)
+        if not weight.spec.symmetric:
+            tensors[f'weights/{path}/zero_point'] = np.asarray(weight.zero_point).astype(np.uint8)
+    for path, roles in exported.tables.items():
+        for role, table in roles.items():
+            tensors[f'tables/{path}/{role}/scale'] = np.asarray(table['scale'])
+            # Codes of up to 8 bits: a byte holds every zero point.
+            tensors[f'tables/{path}/{role}/zero_point'] = np.asarray(table['zero_point']).astype(
+                np.uint8
+            )
+    for name, leaf in traverse_util.flatten_dict(exported.params, sep='/').items():
+        tensors[f'params/{name}'] = np.asarray(leaf, np.float32)
+    return tensors
+
+
+def save(path: str | os.PathLike, exported: Exported, facts: dict[str, Any] | None = None) -> None:
+    """Writes `model.safetensors`, `orbax/` and `manifest.json` into the folder `path`.
+
+    Args:
+      path: a folder, made if absent.
+      exported: what to write.
+      facts: JSON values kept in the manifest, such as the method and its duration.
+    """
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {name: np.ascontiguousarray(a) for name, a in _tensors(exported).items()}
+    save_file(tensors, path / 'model.safetensors', {'format': FORMAT})
+    checkpoint.save_tree(path / 'orbax', traverse_util.unflatten_dict(tensors, sep='/'))
+    manifest = {
+        'format': FORMAT,
+        'network': denoisers.network_settings(exported.network),
+        'info': dataclasses.asdict(exported.info),
+        'lookup': exported.lookup,
+        'plan': {p: dataclasses.asdict(spec) for p, spec in exported.plan.items()},
+        'shapes': {p: list(w.shape) for p, w in exported.weights.items()},
+        'packing': 'split along the contraction axis: kernels/packing.py',
+        'size_bytes': size_bytes(exported),
+        'revision': log.git_revision(),
+        'versions': log.versions(),
+        'facts': facts or {},
+    }
+    log.write_json(path / 'manifest.json', manifest)
+
+
+def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
+    """The manifest of the export in the folder `path`.
+
+    Raises:
+      FileNotFoundError: no export there.
+      ValueError: another format.
+    """
+    file = Path(path) / 'manifest.json'
+    if not file.is_file():
+        raise FileNotFoundError(f'{path}: no manifest.json; expected a folder made by an export.')
+    manifest = json.loads(file.read_text())
+    if manifest.get('format') != FORMAT:
+        raise ValueError(f'{file}: format is {manifest.get("format")!r}, expected {FORMAT!r}.')
+    return manifest
+
+
+def load(path: str | os.PathLike) -> Exported:
+    """Reads an export: `model.safetensors`, or `orbax/` where that file is absent.
+
+    Raises:
+      FileNotFoundError: no export there.
+      ValueError: another format, or a tensor that the manifest names is missing.
+    """
+    from safetensors.numpy import load_file
+
+    path = Path(path)
+    manifest = read_manifest(path)
+    if (path / 'model.safetensors').is_file():
+        tensors = load_file(path / 'model.safetensors')
+    else:
+        tensors = traverse_util.flatten_dict(checkpoint.load_tree(path / 'orbax'), sep='/')
+    plan = {p: _layer_spec(spec) for p, spec in manifest['plan'].items()}
+    weights, tables, params = {}, {}, {}
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition('/')
+        if kind == 'params':
+            params[rest] = tensor
+        elif kind == 'tables':
+            layer, role, field = rest.rsplit('/', 2)
+            tables.setdefault(layer, {}).setdefault(role, {})[field] = tensor
+    for layer, shape in manifest['shapes'].items():
+        try:
+            packed, scale = (tensors[f'weights/{layer}/{f}'] for f in ('packed', 'scale'))
+        except KeyError as error:
+            raise ValueError(f'{path}: tensor {error} is missing; the export is damaged.') from None
+        zero_point = tensors.get(f'weights/{layer}/zero_point', np.zeros(scale.shape, np.uint8))
+        weights[layer] = QuantizedTensor(
+            packed, scale, zero_point.astype(np.int32), plan[layer].weight, tuple(shape)
+        )
+    return Exported(
+        network=denoisers.make_network(manifest['network']),
+        info=denoisers.make_info(manifest['info']),
+        plan=plan,
+        lookup=manifest['lookup'],
+        timesteps=tensors['timesteps'],
+        weights=weights,
+        tables=tables,
+        params=traverse_util.unflatten_dict(params, sep='/'),
+    )
+
+
+def _layer_spec(settings: dict[str, Any]) -> LayerSpec:
+    specs = {
+        name: None if settings[name] is None else QuantSpec(**settings[name])
+        for name in ('weight', 'inputs')
+    }
+    return LayerSpec(**(settings | specs))

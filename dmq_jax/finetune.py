@@ -1,0 +1,297 @@
+"""Distillation of the teacher into a quantized student: data-free, resumable, sharded.
+
+Both networks see the same x_t, drawn by the teacher's own sampler from pure noise; one optimizer
+step per position on the trajectories (EfficientDM, arXiv:2310.03270, eq. 7). One program serves
+every timestep, and the float weights are an argument of it: teacher and student share one copy.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from dmq_jax import denoisers
+from dmq_jax.config import FinetuneConfig
+from dmq_jax.diffusion import samplers
+from dmq_jax.methods.base import Method, State
+from dmq_jax.quant.plan import Plan
+from dmq_jax.runtime import log, mesh
+from dmq_jax.runtime.checkpoint import Checkpoints
+from dmq_jax.runtime.progress import progress
+
+
+class Positions(NamedTuple):
+    """Where each image of the batch stands on its trajectory.
+
+    Attributes:
+      carry: of the sampler.
+      index: row of the sampler's table, per image.
+      round: how many trajectories this slot has finished; picks noise and class of the next.
+      labels: class of each image; None if unconditional.
+    """
+
+    carry: samplers.Carry
+    index: Int[Array, 'B']
+    round: Int[Array, 'B']
+    labels: Int[Array, 'B'] | None
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes, and so what a checkpoint holds."""
+
+    state: State
+    optimizer: PyTree
+    positions: Positions
+    step: Int[Array, '']
+
+
+class Finetuned(NamedTuple):
+    """The result: the method's state, and what it took."""
+
+    state: State
+    duration_s: float
+
+
+def make_decay(config: FinetuneConfig) -> optax.Schedule:
+    """The learning rates' common factor, from 1 to 0 over the run."""
+    if config.schedule == 'cosine':
+        return optax.cosine_decay_schedule(1.0, max(config.num_iterations, 1))
+    return optax.linear_schedule(1.0, 0.0, max(config.num_iterations, 1))
+
+
+def slot_keys(key: Key[Array, ''], rounds: Int[Array, 'B']) -> Key[Array, 'B']:
+    """One key per slot and trajectory."""
+    slots = jnp.arange(rounds.shape[0], dtype=jnp.uint32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, slots)
+    return jax.vmap(jax.random.fold_in)(keys, rounds.astype(jnp.uint32))
+
+
+def start_labels(
+    keys: Key[Array, 'B'], info: denoisers.DenoiserInfo
+) -> Int[Array, 'B'] | None:
+    """A random class per trajectory."""
+    if info.num_classes is None:
+        return None
+    # Noise folds in step indices and 2^32 - 1; this constant is neither.
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 2**31)
+    return jax.vmap(lambda k: jax.random.randint(k, (), 0, info.num_classes))(keys)
+
+
+def start_positions(
+    teacher: denoisers.Denoiser,
+    sampler: samplers.Sampler,
+    config: FinetuneConfig,
+    params: PyTree,
+    key: Key[Array, ''],
+) -> Positions:
+    """All at the start of a trajectory; or, staggered, spread evenly over one."""
+    rounds = jnp.zeros((config.batch_size,), jnp.int32)
+    keys = slot_keys(key, rounds)
+    labels = start_labels(keys, teacher.info)
+    x_T = samplers.initial_noise(keys, teacher.info.image_shape)
+    if config.positions == 'trajectory':
+        return Positions(sampler.init(x_T), jnp.zeros_like(rounds), rounds, labels)
+    predict = denoisers.guided(teacher.predict, teacher.info, config.sampler.guidance_scale)
+    _, carries = samplers.trajectory(
+        lambda x, t: (predict(params, x, t, labels), None), sampler, x_T, keys
+    )
+    slots = jnp.arange(config.batch_size)
+    index = (slots * sampler.timesteps.size // config.batch_size).astype(jnp.int32)
+    carry = jax.tree.map(lambda a: a[index, slots], carries)
+    return Positions(carry, index, rounds, labels)
+
+
+def advance(
+    positions: Positions,
+    prediction: Float[Array, 'B H W C'],
+    sampler: samplers.Sampler,
+    info: denoisers.DenoiserInfo,
+    key: Key[Array, ''],
+) -> Positions:
+    """One step of the sampler for every image; those that arrive start anew."""
+    keys = slot_keys(key, positions.round)
+    noise = None
+    if sampler.is_stochastic:
+        noise = samplers.step_noise(keys, positions.index, info.image_shape)
+    moved = sampler.step(positions.carry, prediction, positions.index, noise)
+    index = positions.index + 1
+    done = index >= sampler.timesteps.size
+    rounds = positions.round + done.astype(jnp.int32)
+    new_keys = slot_keys(key, rounds)
+    fresh = sampler.init(samplers.initial_noise(new_keys, info.image_shape))
+
+    def restart(new: Array, old: Array) -> Array:
+        return jnp.where(done.reshape(done.shape + (1,) * (old.ndim - 1)), new, old)
+
+    labels = positions.labels
+    if labels is not None:
+        labels = restart(start_labels(new_keys, info), labels)
+    return Positions(
+        jax.tree.map(restart, fresh, moved), jnp.where(done, 0, index), rounds, labels
+    )
+
+
+def make_loss(
+    teacher: denoisers.Denoiser,
+    method: Method,
+    plan: Plan,
+    timesteps: Int[np.ndarray, 'S'],
+    lookup: str,
+    config: FinetuneConfig,
+) -> Callable[..., tuple[Float[Array, ''], Array]]:
+    """(state, params, x, t, y) -> (loss, teacher's prediction); differentiable in the state."""
+    student = denoisers.QuantizedPredict(teacher.network, tuple(plan.items()), lookup, 'fake')
+    scale = config.sampler.guidance_scale
+    predict_teacher = denoisers.guided(teacher.predict, teacher.info, scale)
+    predict_student = denoisers.guided(student, teacher.info, scale)
+    if config.remat:
+        predict_student = jax.checkpoint(predict_student)
+
+    def loss(state, params, x, t, y):
+        target = jax.lax.stop_gradient(predict_teacher(params, x, t, y))
+        bound = denoisers.fake_params(params, method.bind(params, state), timesteps)
+        return method.loss(predict_student(bound, x, t, y), target), target
+
+    return loss
+
+
+def make_train_step(
+    teacher: denoisers.Denoiser,
+    loss: Callable[..., tuple[Float[Array, ''], Array]],
+    optimizer: optax.GradientTransformation,
+    config: FinetuneConfig,
+) -> Callable[..., tuple[TrainState, Float[Array, '']]]:
+    """The compiled step: (train state, float weights, sampler, key) -> (train state, loss)."""
+    info = teacher.info
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(train, params, sampler, key):
+        positions = train.positions
+        t = jnp.asarray(sampler.timesteps)[positions.index]
+        # On a common trajectory all images are at one timestep: scalar rows, less work.
+        t = t[0] if config.positions == 'trajectory' else t
+        (value, target), gradients = jax.value_and_grad(loss, has_aux=True)(
+            train.state, params, positions.carry.x, t, positions.labels
+        )
+        # optax raises a float to its int32 step count, which strict promotion forbids.
+        with jax.numpy_dtype_promotion('standard'):
+            updates, optimizer_state = optimizer.update(gradients, train.optimizer, train.state)
+        state = optax.apply_updates(train.state, updates)
+        positions = advance(positions, target, sampler, info, key)
+        return TrainState(state, optimizer_state, positions, train.step + 1), value
+
+    return train_step
+
+
+def run(
+    teacher: denoisers.Denoiser,
+    method: Method,
+    state: State,
+    plan: Plan,
+    timesteps: Int[np.ndarray, 'S'],
+    lookup: str,
+    config: FinetuneConfig,
+    *,
+    key: Key[Array, ''],
+    workdir: Path,
+    device_mesh: mesh.Mesh,
+    description: str,
+) -> Finetuned:
+    """Trains `state` for `num_iterations` steps, from the last checkpoint in `workdir`.
+
+    Args:
+      teacher: the float network.
+      method: of which `state` is the start.
+      state: from `method.init`.
+      plan: what is quantized.
+      timesteps: of the rows of the state's tables.
+      lookup: how a row is found for other timesteps.
+      config: iterations, batch, trajectories.
+      key: root key of the trajectories.
+      workdir: receives checkpoints and `metrics.jsonl`.
+      device_mesh: batches are split over it, everything else is on every device.
+      description: shown beside the progress.
+
+    Raises:
+      FloatingPointError: the loss is not finite; names the step.
+    """
+    mesh.check_batch_size(device_mesh, config.batch_size, name='finetune.batch_size')
+    sampler = denoisers.make_denoiser_sampler(teacher.info, config.sampler)
+    optimizer = method.optimizer(state, make_decay(config))
+    loss = make_loss(teacher, method, plan, timesteps, lookup, config)
+    train_step = make_train_step(teacher, loss, optimizer, config)
+    params = mesh.replicate(device_mesh, teacher.params)
+    positions = jax.jit(functools.partial(start_positions, teacher, sampler, config))(params, key)
+    train = mesh.replicate(
+        device_mesh, (state, optimizer.init(state), jnp.zeros((), jnp.int32))
+    )
+    train = TrainState(*train[:2], mesh.shard_batch(device_mesh, positions), train[2])
+    # A copy: the step donates its state, and leaves may be shared with the caller's.
+    train = jax.tree.map(jnp.copy, train)
+
+    with Checkpoints(workdir / 'checkpoints', config.max_to_keep) as checkpoints:
+        spent_s = 0.0
+        if (latest := checkpoints.latest()) is not None:
+            train, spent = checkpoints.restore(latest, like=(train, jnp.zeros(())))
+            spent_s = float(spent)
+        begin, began = int(train.step), time.monotonic()
+        with log.make_writer(workdir) as writer:
+            bar = progress(config.num_iterations, description, start=begin)
+            losses = []
+            for step in bar:
+                train, value = train_step(train, params, sampler, key)
+                losses.append(value)
+                done = step + 1
+                if done % config.log_every == 0 or done == config.num_iterations:
+                    mean = float(np.mean(jax.device_get(losses)))
+                    if not np.isfinite(mean):
+                        raise FloatingPointError(
+                            f'{description}: loss is {mean} at step {done}; lower the learning '
+                            f'rates, or check the calibration. Checkpoints up to '
+                            f'{checkpoints.latest()} are kept.'
+                        )
+                    writer.write_scalars(done, {'loss': mean})
+                    bar.note(f'loss {mean:.4g}')
+                    losses = []
+                if done % config.checkpoint_every == 0 or done == config.num_iterations:
+                    now_s = spent_s + time.monotonic() - began
+                    checkpoints.save(done, (train, jnp.asarray(now_s, jnp.float32)))
+        duration_s = spent_s + time.monotonic() - began
+    return Finetuned(jax.device_get(train.state), duration_s)
+
+
+def save(path: str | os.PathLike, result: Finetuned) -> None:
+    """Writes a learnt state as one safetensors file."""
+    from safetensors.numpy import save_file
+
+    flat = traverse_util.flatten_dict(result.state, sep=':')
+    tensors = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
+    save_file(tensors, path, {'duration_s': str(result.duration_s)})
+
+
+def load(path: str | os.PathLike, like: State) -> Finetuned:
+    """Reads what `save` wrote.
+
+    Raises:
+      ValueError: its tensors are not those of `like`.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework='numpy') as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        duration_s = float(file.metadata()['duration_s'])
+    expected = traverse_util.flatten_dict(like, sep=':')
+    if tensors.keys() != expected.keys():
+        odd = sorted(tensors.keys() ^ expected.keys())
+        raise ValueError(f'{path}: other tensors than this method has, e.g. {odd[0]!r}.')
+    return Finetuned(traverse_util.unflatten_dict(tensors, sep=':'), duration_s)
+

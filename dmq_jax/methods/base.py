@@ -1,0 +1,193 @@
+"""The interface of a method, and what all methods share.
+
+A method is made once, for a plan and a list of timesteps, and is then four pure functions:
+
+* `init(params, stats, key) -> state`: what it starts from; the state's top-level keys are the
+  optimizer's groups, its leaves float arrays;
+* `bind(params, state) -> Bound`: the quantized network that this state stands for, as integer
+  codes with straight-through gradients and tables of scales;
+* `loss(student, teacher) -> scalar`: how far the student's prediction is from the teacher's;
+* `optimizer(state, decay) -> optax transformation`: `decay(step)` falls from 1 to 0 over the run.
+
+`bind` knows no time: whatever depends on the timestep is a table of `Bound`, one row per timestep,
+from which `quant.layers.at_timestep` picks. Scales of weights that change with time (TuneQDM) are
+tables on the input and the output of the integer product, so even then the codes stay the same.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+from jaxtyping import Array, Float, Key, PyTree
+
+from dmq_jax.quant import numerics, observers
+from dmq_jax.quant.layers import fake_quantized
+from dmq_jax.quant.observers import TensorStats
+from dmq_jax.quant.plan import LayerSpec, Plan
+from dmq_jax.quant.tensor import expand
+
+State = dict[str, Any]
+Stats = Mapping[str, Mapping[str, TensorStats]]
+Tables = dict[str, dict[str, dict[str, Array]]]
+
+
+class WeightCodes(NamedTuple):
+    """A weight on its integer grid, differentiable.
+
+    Attributes:
+      codes: integer-valued floats in the order of the weight.
+      scale: `scale_shape`.
+      zero_point: `scale_shape`.
+    """
+
+    codes: Float[Array, '...']
+    scale: Float[Array, '...']
+    zero_point: Float[Array, '...']
+
+
+class Bound(NamedTuple):
+    """A quantized network: codes, and tables of scales over the timesteps.
+
+    Attributes:
+      weights: by path of the layer.
+      tables: {path: {role: {'scale': [S] or [1], 'zero_point': the same}}}.
+    """
+
+    weights: dict[str, WeightCodes]
+    tables: Tables
+
+
+class Method(NamedTuple):
+    """See the module's docstring."""
+
+    init: Callable[[PyTree, Stats, Key[Array, '']], State]
+    bind: Callable[[PyTree, State], Bound]
+    loss: Callable[[Array, Array], Float[Array, '']]
+    optimizer: Callable[[State, optax.Schedule], optax.GradientTransformation]
+
+
+def mean_squared_error(
+    student: Float[Array, 'B H W C'], teacher: Float[Array, 'B H W C']
+) -> Float[Array, '']:
+    """The mean over images of the squared distance of two predictions, summed over pixels.
+
+    EfficientDM sums over the batch as well; the mean makes learning rates independent of it.
+    """
+    difference = (student - teacher).astype(jnp.float32)
+    return jnp.sum(difference**2) / difference.shape[0]
+
+
+def frozen(state: State, decay: optax.Schedule) -> optax.GradientTransformation:
+    """The optimizer of a method that learns nothing."""
+    del state, decay
+    return optax.set_to_zero()
+
+
+def per_group(
+    groups: Mapping[str, optax.GradientTransformation],
+) -> optax.GradientTransformation:
+    """One transformation for each top-level key of a state; each sees its own subtree alone."""
+
+    def init(state):
+        return {name: group.init(state[name]) for name, group in groups.items()}
+
+    def update(updates, optimizer_state, state=None):
+        results = {
+            name: group.update(
+                updates[name], optimizer_state[name], None if state is None else state[name]
+            )
+            for name, group in groups.items()
+        }
+        return {n: r[0] for n, r in results.items()}, {n: r[1] for n, r in results.items()}
+
+    return optax.GradientTransformation(init, update)
+
+
+def get_kernel(params: PyTree, path: str) -> Float[Array, '...']:
+    """The kernel of the layer at `path`."""
+    node = params
+    for part in path.split('/'):
+        node = node[part]
+    return node['kernel']
+
+
+def init_inputs(plan: Plan, stats: Stats) -> Tables:
+    """Calibrated scale and zero point of every quantized input: [S], or [1] if shared.
+
+    Raises:
+      ValueError: statistics of a layer are missing.
+    """
+    tables: Tables = {}
+    for path, spec in plan.items():
+        if spec.inputs is None:
+            continue
+        if path not in stats:
+            raise ValueError(
+                f'no statistics for layer {path!r}: calibrated with another plan? Delete the '
+                f'calibration folder of the workdir and run again.'
+            )
+        tables[path] = {}
+        for role, tensor in stats[path].items():
+            tensor = tensor if spec.per_timestep else observers.pool(tensor)
+            scale, zero_point = observers.calibrate(tensor, spec.inputs)
+            tables[path][role] = {'scale': scale, 'zero_point': zero_point}
+    return tables
+
+
+def init_weights(plan: Plan, params: PyTree) -> dict[str, dict[str, Array]]:
+    """Calibrated scale and zero point of every quantized weight."""
+    weights = {}
+    for path, spec in plan.items():
+        if spec.weight is not None:
+            scale, zero_point = observers.calibrate_weight(get_kernel(params, path), spec.weight)
+            weights[path] = {'scale': scale, 'zero_point': zero_point}
+    return weights
+
+
+def quantize_weight(
+    weight: Float[Array, '...'], scale: Array, zero_point: Array, spec: LayerSpec
+) -> WeightCodes:
+    """A weight on the grid of `spec.weight`."""
+    codes = numerics.quantize(
+        weight, expand(scale, weight.shape), expand(zero_point, weight.shape), *spec.weight.grid
+    )
+    return WeightCodes(codes, scale, zero_point)
+
+
+def dequantize_weight(weight: WeightCodes) -> Float[Array, '...']:
+    """The real weight that the codes stand for."""
+    shape = weight.codes.shape
+    return numerics.dequantize(
+        weight.codes, expand(weight.scale, shape), expand(weight.zero_point, shape)
+    )
+
+
+def with_weights(params: PyTree, weights: Mapping[str, WeightCodes]) -> PyTree:
+    """`params` with the kernels of `weights` replaced by what their codes stand for."""
+    flat = dict(traverse_util.flatten_dict(params, sep='/'))
+    for path, weight in weights.items():
+        flat[f'{path}/kernel'] = dequantize_weight(weight)
+    return traverse_util.unflatten_dict(flat, sep='/')
+
+
+def by_path(rows: Mapping[str, Any]) -> PyTree:
+    """{path: entry} as the nested collection that Flax expects."""
+    return traverse_util.unflatten_dict({tuple(path.split('/')): v for path, v in rows.items()})
+
+
+def apply_fake(
+    apply: Callable[..., Array], plan: Plan, params: PyTree, rows: Mapping[str, Any], *inputs: Any
+) -> Array:
+    """Runs a network in fake-quantized mode.
+
+    Args:
+      apply: the network's `apply`.
+      plan: what is quantized.
+      params: float parameters, kernels already replaced (`with_weights`).
+      rows: of the tables, at the timestep of `inputs`.
+      *inputs: what `apply` takes after the variables.
+    """
+    with fake_quantized(plan):
+        return apply({'params': params, 'quant': by_path(rows)}, *inputs)

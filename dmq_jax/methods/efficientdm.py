@@ -1,0 +1,205 @@
+"""EfficientDM: quantization-aware low-rank fine-tuning without data.
+
+He et al., ICLR 2024, arXiv:2310.03270. A low-rank update is added to each weight *before* it is
+rounded (QALoRA, eq. 6), so nothing of it remains at inference; it is trained, with the steps of
+weights and activations, to match the teacher's prediction along trajectories drawn from noise
+(eq. 7). The update of a layer learns at a rate proportional to the layer's weight scale (eq. 8),
+so that weights with large steps also cross rounding boundaries; activations have one scale per
+timestep (TALSQ, eq. 9).
+
+Where this differs from the authors' code, on purpose:
+
+* rows of a table are found by the timestep, not by counting calls;
+* zero points are integers in every forward pass: 2^b levels, not 2^b + 1;
+* the update is added to the float weight, which keeps the rounding error recoverable
+  (`base='dequantized'` gives the code's behaviour);
+* the step of a weight is one parameter, not two tied ones with moments of their own;
+* a row of a table keeps Adam moments of its own and moves only when its timestep is trained;
+* no weight decay on scales.
+
+A learning rate of a scale is relative to the scale's first value, as eq. 8 does for the update:
+scales differ by orders of magnitude between layers.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from dmq_jax.config import EfficientDMConfig
+from dmq_jax.methods import base, low_rank
+from dmq_jax.quant.plan import Plan
+
+# A scale may shrink to this share of its first value, never to zero or below.
+_SMALLEST_SHARE = 0.05
+
+
+def make(config: EfficientDMConfig, plan: Plan) -> base.Method:
+    """The method for the layers of `plan`; layers not marked trainable keep their calibration."""
+    trainable = {path for path, spec in plan.items() if spec.trainable}
+
+    def init(params, stats, key):
+        weights = base.init_weights(plan, params)
+        inputs = base.init_inputs(plan, stats)
+        updates = {
+            path: low_rank.init(
+                base.get_kernel(params, path).shape, config.lora_rank, jax.random.fold_in(key, i)
+            )
+            for i, path in enumerate(sorted(weights))
+            if path in trainable
+        }
+        return {
+            'lora': updates,
+            # Scales are learnt as multiples of their calibrated value, zero points as offsets.
+            'weight': {path: jnp.ones_like(weights[path]['scale']) for path in updates},
+            'input': {
+                path: {role: _unit(table) for role, table in roles.items()}
+                for path, roles in inputs.items()
+                if path in trainable
+            },
+            'calibrated': {'weight': weights, 'input': inputs},
+        }
+
+    def bind(params, state):
+        calibrated = jax.lax.stop_gradient(state['calibrated'])
+        weights = {}
+        for path, start in calibrated['weight'].items():
+            kernel = base.get_kernel(params, path)
+            scale, zero_point = start['scale'], start['zero_point']
+            if path in state['lora']:
+                if config.base == 'dequantized':
+                    kernel = base.dequantize_weight(
+                        base.quantize_weight(kernel, scale, zero_point, plan[path])
+                    )
+                kernel = jax.lax.stop_gradient(kernel) + low_rank.delta(state['lora'][path])
+                scale = scale * jnp.maximum(state['weight'][path], _SMALLEST_SHARE)
+            weights[path] = base.quantize_weight(kernel, scale, zero_point, plan[path])
+        tables = {
+            path: {
+                role: _learnt(table, state['input'][path][role], plan[path].inputs.grid)
+                if path in state['input']
+                else table
+                for role, table in roles.items()
+            }
+            for path, roles in calibrated['input'].items()
+        }
+        return base.Bound(weights, tables)
+
+    def optimizer(state, decay):
+        def decayed(rate: float) -> optax.GradientTransformation:
+            return optax.scale_by_schedule(lambda step: -rate * decay(step))
+
+        rates = _lora_rates(config, state)
+        tables = {
+            'scale': optax.chain(scale_by_row_adam(), decayed(config.input_scale_learning_rate)),
+            'zero_point': optax.chain(scale_by_row_adam(), decayed(config.zero_point_learning_rate)),
+        }
+        return base.per_group(
+            {
+                'lora': optax.chain(optax.scale_by_adam(), scale_by_layer(rates), decayed(1.0)),
+                'weight': optax.chain(
+                    optax.scale_by_adam(), decayed(config.weight_scale_learning_rate)
+                ),
+                'input': optax.multi_transform(tables, _last_names),
+                'calibrated': optax.set_to_zero(),
+            }
+        )
+
+    return base.Method(init, bind, base.mean_squared_error, optimizer)
+
+
+def _unit(table):
+    """The learnt form of a calibrated table: factor 1, offset 0."""
+    return {
+        'scale': jnp.ones_like(table['scale']),
+        'zero_point': jnp.zeros_like(table['zero_point']),
+    }
+
+
+def _learnt(table, learnt, grid):
+    factor = jnp.maximum(learnt['scale'], _SMALLEST_SHARE)
+    zero_point = jnp.clip(table['zero_point'] + learnt['zero_point'], *map(float, grid))
+    return {'scale': table['scale'] * factor, 'zero_point': zero_point}
+
+
+def _last_names(tables):
+    """'scale' or 'zero_point' for every leaf."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key, tables)
+
+
+def _lora_rates(config, state):
+    """eq. 8: a rate proportional to the mean weight scale of the layer; or the mean for all."""
+    means = {
+        path: jnp.mean(state['calibrated']['weight'][path]['scale']) for path in state['lora']
+    }
+    if not config.scale_aware and means:
+        overall = sum(means.values()) / len(means)
+        means = dict.fromkeys(means, overall)
+    return {path: mean * config.lora_rate_per_scale for path, mean in means.items()}
+
+
+def scale_by_layer(rates: dict[str, Array]) -> optax.GradientTransformation:
+    """Multiplies the updates of each layer by its rate.
+
+    With Adam this is the only way to realise eq. 8: Adam's update does not depend on the size of
+    the gradient, so scaling the gradient would do nothing.
+    """
+
+    def update(updates, state, params=None):
+        del params
+        return {
+            path: jax.tree.map(lambda u, rate=rates[path]: u * rate, update)
+            for path, update in updates.items()
+        }, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+class RowAdamState(NamedTuple):
+    """Moments per entry, and how often each entry was visited."""
+
+    count: PyTree
+    mean: PyTree
+    square: PyTree
+
+
+def scale_by_row_adam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """Adam that leaves an entry, its moments and its count alone where its gradient is zero.
+
+    A table of scales receives gradients only in the rows of the timesteps just trained. Plain
+    Adam would go on moving all the others by their decaying moments, by about 10 learning rates
+    per visit at 100 timesteps.
+    """
+
+    def init(params):
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return RowAdamState(zeros, zeros, zeros)
+
+    def update(updates, state, params=None):
+        del params
+        visited = jax.tree.map(lambda g: g != 0, updates)
+
+        def where(new, old):
+            return jax.tree.map(jnp.where, visited, new, old)
+
+        count = where(jax.tree.map(lambda c: c + 1, state.count), state.count)
+        mean = where(
+            jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mean, updates), state.mean
+        )
+        square = where(
+            jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.square, updates),
+            state.square,
+        )
+
+        def step(seen, c, m, v):
+            c = jnp.maximum(c, 1.0)
+            corrected = (m / (1 - b1**c)) / (jnp.sqrt(v / (1 - b2**c)) + eps)
+            return jnp.where(seen, corrected, 0.0)
+
+        return jax.tree.map(step, visited, count, mean, square), RowAdamState(count, mean, square)
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,36 @@
+"""Low-rank updates of Dense and Conv kernels, shared by methods (LoRA, arXiv:2106.09685).
+
+The update of a kernel [..., K, N] is `down @ up`: for a convolution [kh, kw, C, O] each tap has
+its own `down` [C, R] and all share `up` [R, O], so the update as a [kh kw C, O] matrix has rank R.
+"""
+
+import math
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+
+def init(
+    shape: tuple[int, ...], rank: int, key: Key[Array, '']
+) -> dict[str, Float[Array, '...']]:
+    """An update that starts at zero: `down` uniform in ±1/sqrt(fan in), `up` zero.
+
+    Args:
+      shape: of the kernel, [K, N] or [kh, kw, C, O].
+      rank: R; more than the smaller side of the kernel is cut to it.
+      key: for `down`.
+    """
+    fan_in = math.prod(shape[:-1])
+    rank = min(rank, fan_in, shape[-1])
+    bound = 1 / math.sqrt(fan_in)
+    down = jax.random.uniform(key, (*shape[:-1], rank), minval=-bound, maxval=bound)
+    return {'down': down, 'up': jnp.zeros((rank, shape[-1]))}
+
+
+def delta(update: Mapping[str, Float[Array, '...']]) -> Float[Array, '...']:
+    """The update as a kernel."""
+    return update['down'] @ update['up'] if update['down'].ndim == 2 else jnp.einsum(
+        'hwcr,ro->hwco', update['down'], update['up']
+    )
