@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dmq_jax.config import from_config_dict
@@ -46,6 +46,8 @@ def run(
         if arguments[1:]:
             text = f'{arguments[1]!r} is not an option; options begin with --, see --help.'
             raise ValueError(text)
+        # jax reports every back end it did not find; nobody asked.
+        logging.set_verbosity(logging.WARNING)
         config = from_config_dict(_load_config(), schema)
         action(config, _writable_workdir() if needs_workdir() else None)
 

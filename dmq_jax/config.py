@@ -102,7 +102,8 @@ class CalibrateConfig:
 
     num_images: int = 64  # images sampled
     batch_size: int = 32  # images per network call
-    values_per_tensor: int = 2048  # activation values kept per tensor, timestep and batch
+    # activation values, and pairs of block extremes, kept per tensor, timestep and batch
+    values_per_tensor: int = 1024
     sampler: SamplerConfig = SamplerConfig()  # its timesteps become the rows of the scale tables
 
     def __post_init__(self):

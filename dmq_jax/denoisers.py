@@ -403,11 +403,14 @@ class QuantizedPredict:
     mode: str
 
     def __call__(self, params: PyTree, x: Array, t: Array, y: Array | None = None) -> Array:
-        """The prediction; `params` are those of `fake_student` or `integer_student`."""
+        """The prediction; `params` are those of `fake_params`, `training_params` or an export."""
         rows = at_timestep(params['tables'], params['timesteps'], t, lookup=self.lookup)
         plan = dict(self.plan)
         if self.mode == 'fake':
-            return apply_fake(self.network.apply, plan, params['params'], rows, x, t, y)
+            weights = params.get('weights')
+            return apply_fake(
+                self.network.apply, plan, params['params'], rows, x, t, y, weights=weights
+            )
         entries = {path: dict(rows.get(path, {})) for path in plan}
         for path, weight in params['weights'].items():
             entries[path]['weight'] = weight
@@ -428,6 +431,16 @@ def fake_params(params: PyTree, bound: Bound, timesteps: Int[Array, 'S']) -> PyT
     """The parameters of a fake-quantized student; differentiable."""
     return {
         'params': with_weights(params, bound.weights),
+        'tables': bound.tables,
+        'timesteps': jnp.asarray(timesteps, jnp.int32),
+    }
+
+
+def training_params(params: PyTree, bound: Bound, timesteps: Int[Array, 'S']) -> PyTree:
+    """`fake_params` whose kernels are still codes: equal gradients, a faster step on CPU."""
+    return {
+        'params': params,
+        'weights': bound.weights,
         'tables': bound.tables,
         'timesteps': jnp.asarray(timesteps, jnp.int32),
     }

@@ -1,9 +1,10 @@
-"""The story of a run: teacher -> calibrate -> finetune -> export -> sample -> evaluate -> report.
+"""The story of a run: teacher -> calibrate, finetune, export, sample, evaluate, analyse -> report.
 
 One short function per stage, in order. Stages meet only here, through artefacts: folders in the
 workdir that are complete or absent, so a run killed at any moment goes on where it was.
 """
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 
 from dmq_jax import (
+    analysis,
     artefacts,
     calibrate,
     config as config_lib,
@@ -29,7 +31,7 @@ from dmq_jax.quant import plan as plan_lib
 from dmq_jax.runtime import log, mesh
 from dmq_jax.runtime.progress import progress
 
-STAGES = ('calibrate', 'finetune', 'export', 'sample', 'evaluate', 'report')
+STAGES = ('calibrate', 'finetune', 'export', 'sample', 'evaluate', 'analyse', 'report')
 TEACHER = 'teacher'
 
 
@@ -75,6 +77,9 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = STAGES) -> None:
             samples(context, name)
     if 'evaluate' in stages:
         measure(context, reference)
+    if 'analyse' in stages:
+        for name in config.students:
+            analyse(context, name)
     if 'report' in stages:
         report.run(workdir, config.report)
         print(f'report: {workdir / "report.html"}')
@@ -275,6 +280,26 @@ def measure(context: Run, reference: evaluate.Reference) -> None:
     log.write_json(context.workdir / 'metrics.json', {'protocol': protocol, 'rows': rows})
     for line in report.metrics_table(protocol, rows):
         print(line)
+
+
+def analyse(context: Run, name: str) -> dict[str, Any]:
+    """Where the error of a student sits: see `analysis.run`."""
+    model = exported(context, name)
+
+    def make(path: Path) -> None:
+        result = analysis.run(
+            context.teacher, export.denoiser(model, 'fake'), context.config.sampler,
+            key=context.key('analyse'), description=f'analyse {name}',
+        )  # fmt: skip
+        log.write_json(path / 'analysis.json', result)
+
+    return artefacts.artefact(
+        student_folder(context, name) / 'analysis',
+        {'export': artefacts.fingerprint(student_folder(context, name) / 'export'),
+         'sampler': config_lib.to_dict(context.config.sampler), 'seed': context.config.seed},
+        make,
+        lambda path: json.loads((path / 'analysis.json').read_text()),
+    )  # fmt: skip
 
 
 def describe_network(context: Run, name: str) -> dict[str, Any]:

@@ -25,7 +25,13 @@ ALLOWED = {
     'runtime': set(),
     'denoisers': {'methods', 'quant', 'models', 'diffusion', 'files', 'kernels'},
     **{stage: {'denoisers', 'kernels'} | LIBRARIES for stage in STAGES},
-    'pipeline': {'denoisers'} | STAGES | LIBRARIES,
+    'charts': set(),
+    # It reads what these two wrote.
+    'report': {'charts', 'calibrate', 'export', 'denoisers', 'kernels'} | LIBRARIES,
+    'calibrate': {'denoisers', 'sample'} | LIBRARIES,  # for the classes of the images
+    'artefacts': {'runtime'},
+    'analysis': {'denoisers'} | LIBRARIES,
+    'pipeline': {'denoisers', 'artefacts', 'analysis'} | STAGES | LIBRARIES,
     'command_line': set(),
     'main': {'pipeline', 'command_line'},
     # Commands of their own, beside the pipeline.

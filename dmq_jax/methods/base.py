@@ -178,16 +178,25 @@ def by_path(rows: Mapping[str, Any]) -> PyTree:
 
 
 def apply_fake(
-    apply: Callable[..., Array], plan: Plan, params: PyTree, rows: Mapping[str, Any], *inputs: Any
+    apply: Callable[..., Array],
+    plan: Plan,
+    params: PyTree,
+    rows: Mapping[str, Any],
+    *inputs: Any,
+    weights: Mapping[str, WeightCodes] | None = None,
 ) -> Array:
     """Runs a network in fake-quantized mode.
 
     Args:
       apply: the network's `apply`.
       plan: what is quantized.
-      params: float parameters, kernels already replaced (`with_weights`).
+      params: float parameters, kernels already replaced (`with_weights`) unless in `weights`.
       rows: of the tables, at the timestep of `inputs`.
       *inputs: what `apply` takes after the variables.
+      weights: kernels that are given as codes; what a training step uses, since it is faster.
     """
+    entries = {path: dict(roles) for path, roles in rows.items()}
+    for path, weight in (weights or {}).items():
+        entries.setdefault(path, {})['weight'] = weight._asdict()
     with fake_quantized(plan):
-        return apply({'params': params, 'quant': by_path(rows)}, *inputs)
+        return apply({'params': params, 'quant': by_path(entries)}, *inputs)

@@ -30,6 +30,7 @@ from jaxtyping import Array, PyTree
 
 from dmq_jax.config import EfficientDMConfig
 from dmq_jax.methods import base, low_rank
+from dmq_jax.quant import numerics
 from dmq_jax.quant.plan import Plan
 
 # A scale may shrink to this share of its first value, never to zero or below.
@@ -120,7 +121,12 @@ def _unit(table):
 
 def _learnt(table, learnt, grid):
     factor = jnp.maximum(learnt['scale'], _SMALLEST_SHARE)
-    zero_point = jnp.clip(table['zero_point'] + learnt['zero_point'], *map(float, grid))
+    # Rounded here, not only where it is used: between two rows, linear lookup then starts from the
+    # integers that an export holds.
+    zero_point = numerics.straight_through_clip(
+        numerics.straight_through_round(table['zero_point'] + learnt['zero_point']),
+        *(jnp.asarray(end, jnp.float32) for end in grid),
+    )
     return {'scale': table['scale'] * factor, 'zero_point': zero_point}
 
 

@@ -7,9 +7,9 @@ named as products and taps, in one of three modes:
 * `fake_quantized`: inputs are rounded to their grid, in float; weights come already rounded;
 * `integer`: inputs become int8 codes and the products run on integers.
 
-A layer is quantized iff it has an entry in the collection `quant`; there is no second flag saying
-so. Tables of scales have a leading axis of timesteps; `at_timestep` picks the row before the
-network is called, so no layer ever knows the time and nothing counts calls.
+A layer is quantized iff the plan names it; what it is quantized with stands at its path in the
+collection `quant`. Tables of scales have a leading axis of timesteps; `at_timestep` picks the row
+before the network is called, so no layer ever knows the time and nothing counts calls.
 """
 
 import contextlib
@@ -21,9 +21,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
-from dmq_jax.quant import numerics, observers
+from dmq_jax.quant import numerics, observers, products
 from dmq_jax.quant.plan import INPUT_ROLES, LayerSpec, Plan, QuantizableLayer
 from dmq_jax.quant.tensor import QuantizedTensor, QuantSpec, expand, unpack_rows
 from kernels.int_conv.api import int_conv
@@ -33,6 +34,9 @@ Rows = Mapping[str, Array]  # 'scale' and 'zero_point' of one tensor: [] or one 
 
 # Named, not imported: quant knows no network, and a user's own modules may use these names.
 _PRODUCTS = {'Product': 'product', 'Tap': 'tap'}
+
+# The name, for `jax.checkpoint` policies, of what every product returns in fake-quantized mode.
+PRODUCT = 'product'
 
 
 def layer_kind(module: nn.Module) -> str | None:
@@ -61,14 +65,15 @@ def at_timestep(
     """
     if lookup not in ('nearest', 'linear'):
         raise ValueError(f"timestep_lookup={lookup!r}: expected 'nearest' or 'linear'.")
-    t = jnp.asarray(t)
+    t, timesteps = jnp.asarray(t), jnp.asarray(timesteps)
 
     def constant(table: Array) -> Array:
         row = table[0]
         return row if t.ndim == 0 else jnp.broadcast_to(row, (*t.shape, *row.shape))
 
     if lookup == 'nearest':
-        nearest = jnp.argmin(jnp.abs(timesteps - t[..., None]), axis=-1)
+        rows = timesteps.astype(jnp.float32).reshape((1,) * t.ndim + (-1,))
+        nearest = jnp.argmin(jnp.abs(rows - t.astype(jnp.float32)[..., None]), axis=-1)
 
         def pick(table: Array) -> Array:
             return constant(table) if table.shape[0] == 1 else table[nearest]
@@ -100,9 +105,11 @@ def fake_quantize_input(x: Float[Array, 'B ...'], rows: Rows, spec: QuantSpec) -
     """`x` rounded to the grid of `spec` at the given scale and zero point."""
     qmin, qmax = spec.grid
     scale, zero_point = (per_image(rows[name], x.ndim) for name in ('scale', 'zero_point'))
-    return numerics.fake_quantize(
+    rounded = numerics.fake_quantize(
         x.astype(jnp.float32), scale, zero_point, float(qmin), float(qmax)
     ).astype(x.dtype)
+    # An analysis switches layers on and off by data, so that one program serves them all.
+    return jnp.where(rows['gate'], rounded, x) if 'gate' in rows else rounded
 
 
 class FakeQuant(nn.Module):
@@ -181,17 +188,28 @@ def quantizable_layers(
 
 
 @contextlib.contextmanager
-def _intercepted(plan: Plan, action: Callable[..., Any]) -> Iterator[None]:
-    """Runs `action(module, kind, spec, args, proceed)` in place of every layer of `plan`."""
+def _intercepted(
+    plan: Plan, action: Callable[..., Any], *, others: bool = False
+) -> Iterator[None]:
+    """Runs `action(module, kind, spec, args, proceed)` in place of every layer of `plan`.
+
+    With `others`, in place of quantizable layers outside it as well; their `spec` is None.
+    """
 
     def intercept(next_fun, args, kwargs, context):
         module = context.module
         kind = layer_kind(module)
         if kind is None or context.method_name != '__call__':
             return next_fun(*args, **kwargs)
-        spec = plan.get('/'.join(module.path))
+        path = '/'.join(module.path)
+        spec = plan.get(path)
         if spec is None:
             return next_fun(*args, **kwargs)
+        if kwargs:
+            raise ValueError(
+                f'layer {path!r} is called with keywords {sorted(kwargs)}: quantization needs its '
+                f'inputs as positional arguments.'
+            )
         return action(module, kind, spec, args, next_fun)
 
     with nn.intercept_methods(intercept):
@@ -228,42 +246,98 @@ def collect_stats(plan: Plan, collection: PyTree) -> dict[str, dict[str, observe
     return {path: result[path] for path in plan if path in result}
 
 
+def _entry(module: nn.Module, name: str) -> Mapping[str, Array]:
+    """The entry `name` of a layer in the collection `quant`."""
+    entry = module.get_variable('quant', name)
+    if entry is None:
+        raise ValueError(
+            f"collection 'quant' has no {name!r} for layer {'/'.join(module.path)!r}, which the "
+            f'plan quantizes: make plan and collection from the same network.'
+        )
+    return entry
+
+
 def fake_quantized(plan: Plan) -> contextlib.AbstractContextManager[None]:
     """Within it, every layer of `plan` rounds its inputs as the collection `quant` says.
 
     The collection holds `{path: {role: {'scale', 'zero_point'}}}`, rows of `at_timestep`, nested
-    by path. Weights are the caller's: a function on the parameters, before `apply`.
+    by path. Weights are the caller's: either `params` hold a kernel already rounded, or the
+    collection holds `{path: {'weight': {'codes', 'scale', 'zero_point'}}}`, codes as floats with
+    straight-through gradients; then the float kernel is not read, see `straight_through_layer`.
+
+    What a layer with a kernel returns, quantized or not, is named `PRODUCT`.
     """
 
     def action(module, kind, spec, args, proceed):
-        if spec.inputs is not None:
-            args = [
-                fake_quantize_input(x, module.get_variable('quant', role), spec.inputs)
-                for role, x in zip(INPUT_ROLES[kind], args, strict=True)
-            ]
-        return proceed(*args)
+        if spec is None:
+            y = proceed(*args)
+        elif kind in ('dense', 'conv') and module.has_variable('quant', 'weight'):
+            y = straight_through_layer(module, args[0], spec)
+        else:
+            if spec.inputs is not None:
+                args = [
+                    fake_quantize_input(x, module.get_variable('quant', role), spec.inputs)
+                    for role, x in zip(INPUT_ROLES[kind], args, strict=True)
+                ]
+            y = proceed(*args)
+        return y if kind == 'tap' else checkpoint_name(y, PRODUCT)
 
-    return _intercepted(plan, action)
+    return _intercepted(plan, action, others=True)
+
+
+def straight_through_layer(
+    module: nn.Dense | nn.Conv, x: Float[Array, 'B ...'], spec: LayerSpec
+) -> Float[Array, 'B ...']:
+    """A `Dense` or `Conv` of integer codes, with the gradients of the float layer.
+
+    Its value is that of integer mode where that is faster than float (`products`), its gradients
+    those of the product of the real values that the codes stand for.
+
+    Raises:
+      NotImplementedError: see `integer_layer`.
+    """
+    rows = module.get_variable('quant', 'input') if spec.inputs is not None else None
+    weight = module.get_variable('quant', 'weight')
+    shape = weight['codes'].shape
+    kernel = numerics.dequantize(
+        weight['codes'], expand(weight['scale'], shape), expand(weight['zero_point'], shape)
+    )
+    x_hat = (x if rows is None else fake_quantize_input(x, rows, spec.inputs)).astype(jnp.float32)
+    geometry = None if isinstance(module, nn.Dense) else conv_geometry(module, x.shape)
+    if rows is None or not products.integers_are_faster():
+        value = products.product(x_hat, kernel, geometry)
+    else:
+        entry = _int8_weight(
+            jnp.moveaxis(weight['codes'], -1, 0).astype(jnp.int32),
+            weight['scale'], jnp.round(weight['zero_point']).astype(jnp.int32),
+            spec.weight, shape,
+        )  # fmt: skip
+        value = _accumulate(module, *jax.lax.stop_gradient((x, rows, entry)), spec)
+    y = products.with_float_gradients(geometry, x_hat, kernel, jax.lax.stop_gradient(value))
+    if module.use_bias:
+        y = y + _as_last(module.get_variable('params', 'bias'), y.ndim)
+    return y.astype(module.dtype or x.dtype)
 
 
 def integer(plan: Plan) -> contextlib.AbstractContextManager[None]:
     """Within it, every layer of `plan` multiplies integers.
 
     Besides the rows of the inputs, the collection `quant` holds for layers with a quantized
-    kernel `weight`, made by `integer_weight`; their `params` need no kernel. A layer with only one of the two operands quantized stays in float, on the
-    values its integers stand for.
+    kernel the entry `weight`, made by `integer_weight`; their `params` need no kernel. A layer
+    with only one of its two operands quantized stays in float, on the values its integers stand
+    for.
     """
 
     def action(module, kind, spec, args, proceed):
         rows = [
-            module.get_variable('quant', role) if spec.inputs is not None else None
+            _entry(module, role) if spec.inputs is not None else None
             for role in INPUT_ROLES[kind]
         ]
         if kind == 'tap':
             return fake_quantize_input(args[0], rows[0], spec.inputs)
         if kind == 'product':
             return integer_product(*args, *rows, spec=spec.inputs)
-        weight = module.get_variable('quant', 'weight') if spec.weight is not None else None
+        weight = _entry(module, 'weight') if spec.weight is not None else None
         return integer_layer(module, args[0], rows[0], weight, spec)
 
     return _intercepted(plan, action)
@@ -329,7 +403,7 @@ def integer_layer(
     else:
         y = _accumulate(module, x, rows, weight, spec)
     if bias is not None:
-        y = y + _as_last(bias, y.ndim)
+        y = y + _as_last(bias.astype(jnp.float32), y.ndim)
     return y.astype(module.dtype or x.dtype)
 
 
@@ -339,18 +413,20 @@ def integer_weight(tensor: QuantizedTensor) -> dict[str, Array]:
     `codes` are int8 with the output channel first. Up to 7 bits an asymmetric weight's zero point
     is subtracted at once; at 8 bits codes and zero point are shifted by 128 into int8.
     """
-    codes = jnp.asarray(unpack_rows(tensor)).astype(jnp.int32)
-    zero_point = jnp.asarray(tensor.zero_point)
-    if _keeps_zero_point(tensor.spec):
+    return _int8_weight(
+        jnp.asarray(unpack_rows(tensor)).astype(jnp.int32),
+        jnp.asarray(tensor.scale), jnp.asarray(tensor.zero_point), tensor.spec, tensor.shape,
+    )  # fmt: skip
+
+
+def _int8_weight(codes, scale, zero_point, spec, shape):
+    """`integer_weight` of int32 codes with the output channel first, shape [N, ..., K]."""
+    if _keeps_zero_point(spec):
         codes, zero_point = codes - 128, zero_point - 128
-    elif not tensor.spec.symmetric:
-        zeros = jnp.broadcast_to(expand(zero_point, tensor.shape), tensor.shape)
+    elif not spec.symmetric:
+        zeros = jnp.broadcast_to(expand(zero_point, shape), shape)
         codes, zero_point = codes - jnp.moveaxis(zeros, -1, 0), jnp.zeros_like(zero_point)
-    return {
-        'codes': codes.astype(jnp.int8),
-        'scale': jnp.asarray(tensor.scale),
-        'zero_point': zero_point,
-    }
+    return {'codes': codes.astype(jnp.int8), 'scale': scale, 'zero_point': zero_point}
 
 
 def _keeps_zero_point(spec: QuantSpec) -> bool:
@@ -402,10 +478,11 @@ def _accumulate(module, x, rows, weight, spec):
 
 
 def _largest(spec: QuantSpec) -> int:
-    """The largest |code| that int8 carries for a tensor of `spec`."""
-    if spec.bits == 8 or spec.symmetric:
-        return 2 ** (spec.bits - 1)
-    return 2**spec.bits - 1
+    """The largest |code - zero point| of a tensor of `spec`, at least any |code| that int8 holds.
+
+    It bounds the sum with the zero points taken out; on the way there int32 may wrap around.
+    """
+    return 2 ** (spec.bits - 1) if spec.symmetric else 2**spec.bits - 1
 
 
 def _multiply(module, x, w, x_zero, bounds):

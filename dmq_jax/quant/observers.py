@@ -1,14 +1,16 @@
 """From statistics of a tensor to its scale and zero point.
 
 Statistics carry any leading axes (timesteps, channels); every function maps over them at once.
-They are a range plus an evenly strided sample of the values, small enough to keep for every
+They are a range plus an evenly spread sample of the values, small enough to keep for every
 tensor at every timestep, from which each observer can decide later.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from dmq_jax.quant import numerics
@@ -16,6 +18,7 @@ from dmq_jax.quant.tensor import QuantSpec, scale_shape
 
 NUM_CANDIDATES = 80  # shrink factors 1, 0.99, ... 0.21 (BRECQ's and EfficientDM's search)
 ERROR_NORM = 2.4  # exponent of the error the search minimises (the same codes)
+_GOLDEN_SECTION = 0.6180339887498949
 _SMALLEST_SCALE = 1e-8  # an all-zero tensor: any scale represents it
 
 
@@ -25,28 +28,48 @@ class TensorStats(NamedTuple):
     Attributes:
       low: smallest value.
       high: largest value.
-      values: a sample of the values.
+      values: an even sample of the values.
+      extremes: the smallest and the largest value of every block of the tensor: the tails, which
+        a sample would miss and a range search would then cut off for nothing. None if `values`
+        are all there are.
+      count: how many values the tensor had; None likewise.
     """
 
     low: Float[Array, '*lead']
     high: Float[Array, '*lead']
     values: Float[Array, '*lead n']
+    extremes: Float[Array, '*lead m'] | None = None
+    count: Float[Array, '*lead'] | None = None
 
 
 def observe(x: Float[Array, '...'], num_values: int) -> TensorStats:
-    """Range and sample of one tensor.
+    """Range, sample and extremes of one tensor.
 
     Args:
       x: any shape.
-      num_values: size of the sample; a tensor with fewer values is repeated.
+      num_values: size of the sample, and the number of blocks; a tensor with fewer values is
+        repeated.
     """
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
     flat = x.reshape(-1)
-    # A fractional stride walks through rows and channels alike; an integer one that divides the
-    # number of channels would see the same few channels for ever.
-    index = jnp.arange(num_values, dtype=jnp.float32) * (flat.size / num_values)
-    index = jnp.minimum(index.astype(jnp.int32), flat.size - 1)
-    return TensorStats(jnp.min(x), jnp.max(x), flat[index])
+    # A stride without a common factor with the size meets every channel equally often. (An even
+    # stride over sizes like 64 * 28 * 28 * 32 would see two channels of 32.) Near the golden
+    # section of the size, it also spreads evenly over images and pixels.
+    stride = round(flat.size * _GOLDEN_SECTION) or 1
+    while math.gcd(stride, flat.size) > 1:
+        stride += 1
+    index = np.arange(num_values, dtype=np.int64) * stride % flat.size
+    block = -(-flat.size // num_values)
+    blocks = jnp.pad(flat, (0, block * num_values - flat.size), mode='wrap')
+    blocks = blocks.reshape(num_values, block)
+    extremes = jnp.concatenate([jnp.min(blocks, axis=1), jnp.max(blocks, axis=1)])
+    return TensorStats(
+        jnp.min(x),
+        jnp.max(x),
+        flat[index.astype(np.int32)],
+        extremes,
+        jnp.asarray(flat.size, jnp.float32),
+    )
 
 
 def merge(first: TensorStats, second: TensorStats) -> TensorStats:
@@ -54,7 +77,7 @@ def merge(first: TensorStats, second: TensorStats) -> TensorStats:
     return TensorStats(
         jnp.minimum(first.low, second.low),
         jnp.maximum(first.high, second.high),
-        jnp.concatenate([first.values, second.values], axis=-1),
+        *_both(first, second),
     )
 
 
@@ -65,19 +88,33 @@ def running(average: TensorStats, new: TensorStats, momentum: float = 0.95) -> T
         return momentum * old + (1 - momentum) * value
 
     return TensorStats(
-        move(average.low, new.low),
-        move(average.high, new.high),
-        jnp.concatenate([average.values, new.values], axis=-1),
+        move(average.low, new.low), move(average.high, new.high), *_both(average, new)
     )
+
+
+def _both(first: TensorStats, second: TensorStats) -> tuple[Array, Array | None, Array | None]:
+    values = jnp.concatenate([first.values, second.values], axis=-1)
+    if first.extremes is None or second.extremes is None:
+        return values, None, None
+    extremes = jnp.concatenate([first.extremes, second.extremes], axis=-1)
+    return values, extremes, first.count + second.count
 
 
 def pool(stats: TensorStats) -> TensorStats:
     """Statistics over the first axis together: from per timestep [S, ...] to one row [1, ...]."""
-    values = jnp.moveaxis(stats.values, 0, -2)
+
+    def joined(values: Array | None) -> Array | None:
+        if values is None:
+            return None
+        values = jnp.moveaxis(values, 0, -2)
+        return values.reshape(*values.shape[:-2], -1)[None]
+
     return TensorStats(
         jnp.min(stats.low, axis=0, keepdims=True),
         jnp.max(stats.high, axis=0, keepdims=True),
-        values.reshape(*values.shape[:-2], -1)[None],
+        joined(stats.values),
+        joined(stats.extremes),
+        None if stats.count is None else jnp.sum(stats.count, axis=0, keepdims=True),
     )
 
 
@@ -133,10 +170,7 @@ def search_scale(
     def visit(best, shrink):
         error, scale, zero_point = best
         new_scale, new_zero_point = compute_scale(stats.low * shrink, stats.high * shrink, spec)
-        approximation = numerics.fake_quantize(
-            stats.values, new_scale[..., None], new_zero_point[..., None], qmin, qmax
-        )
-        new_error = jnp.mean(jnp.abs(stats.values - approximation) ** ERROR_NORM, axis=-1)
+        new_error = _mean_error(stats, new_scale, new_zero_point, qmin, qmax)
         better = new_error < error
         return (
             jnp.where(better, new_error, error),
@@ -148,6 +182,23 @@ def search_scale(
     shrinks = 1.0 - 0.01 * jnp.arange(NUM_CANDIDATES, dtype=jnp.float32)
     (_, scale, zero_point), _ = jax.lax.scan(visit, start, shrinks)
     return scale, zero_point
+
+
+def _mean_error(stats, scale, zero_point, qmin, qmax):
+    """Estimate of the mean |x - x̂|^2.4: extremes counted once, the sample standing for the rest."""
+
+    def errors(values):
+        approximation = numerics.fake_quantize(
+            values, scale[..., None], zero_point[..., None], float(qmin), float(qmax)
+        )
+        return jnp.abs(values - approximation) ** ERROR_NORM
+
+    mean = jnp.mean(errors(stats.values), axis=-1)
+    if stats.extremes is None:
+        return mean
+    num_extremes = stats.extremes.shape[-1]
+    rest = jnp.maximum(stats.count - num_extremes, 0.0)
+    return (mean * rest + jnp.sum(errors(stats.extremes), axis=-1)) / (rest + num_extremes)
 
 
 def calibrate(

@@ -127,8 +127,17 @@ def pack(
       scale: `scale_shape`.
       zero_point: `scale_shape`, integer-valued after rounding.
       spec: how it was quantized.
+
+    Raises:
+      ValueError: a code outside the grid.
     """
     codes = np.asarray(codes)
+    qmin, qmax = spec.grid
+    if codes.size and not (codes.min() >= qmin and codes.max() <= qmax):
+        raise ValueError(
+            f'codes span [{codes.min()}, {codes.max()}]: expected [{qmin}, {qmax}] '
+            f'(bits={spec.bits}, symmetric={spec.symmetric}).'
+        )
     carrier = np.int8 if spec.symmetric else np.uint8
     rows = np.ascontiguousarray(np.moveaxis(codes.astype(carrier), -1, 0))  # [N, ..., K]
     if codes.ndim > 2:

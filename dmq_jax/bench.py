@@ -1,0 +1,297 @@
+"""Speed and memory of fine-tuning and sampling: `python -m dmq_jax.bench [--model=cifar10]`.
+
+Four rows: the teacher's forward pass, one fine-tuning step (EfficientDM, W4A4: teacher forward,
+student forward and backward, update), sampling in float32, sampling on integers. On a busy machine
+only ratios mean anything, so all rows take turns in one process and the same round is compared.
+Scales are made up, which changes no duration; the CIFAR-10 U-Net has random weights.
+"""
+
+import dataclasses
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from dmq_jax import denoisers, export, finetune, methods, sample
+from dmq_jax.config import EfficientDMConfig, FinetuneConfig, QuantConfig, SamplerConfig
+from dmq_jax.diffusion import samplers
+from dmq_jax.diffusion.schedule import Schedule
+from dmq_jax.models.ddpm_unet import DDPMUNet
+from dmq_jax.quant.observers import TensorStats
+from dmq_jax.quant.plan import INPUT_ROLES
+from dmq_jax.runtime import log
+
+MODELS = ('cifar10', 'bundled')
+ROWS = ('teacher', 'finetune', 'sample_float', 'sample_integer')
+TABLE_STEPS = 20  # rows of the made-up tables of scales
+MEGABYTE = 1e6
+
+_MODEL = flags.DEFINE_enum('model', 'cifar10', MODELS, 'Random CIFAR-10 U-Net, or our teacher.')
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Images per call.', lower_bound=1)
+_NUM_STEPS = flags.DEFINE_integer('num_steps', 2, 'DDIM steps of the sampling rows.', lower_bound=1)
+_NUM_ROUNDS = flags.DEFINE_integer('num_rounds', 7, 'Timed calls of each row.', lower_bound=1)
+_ROWS = flags.DEFINE_list('rows', list(ROWS), f'Which of {", ".join(ROWS)}.')
+_JSON = flags.DEFINE_string('json', None, 'File that receives the same numbers.')
+_MEMORY = flags.DEFINE_bool('memory', True, 'Run each row once more, alone, for its peak memory.')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What is measured.
+
+    Attributes:
+      batch_size: images per call.
+      num_steps: network evaluations of a sampling call.
+      num_rounds: timed calls of each row; two more come before them.
+    """
+
+    batch_size: int = 8
+    num_steps: int = 2
+    num_rounds: int = 7
+
+
+class Program(NamedTuple):
+    """One row: a compiled program and its next arguments.
+
+    Attributes:
+      compiled: what `jit(...).lower(...).compile()` gave.
+      arguments: of the next call.
+      advance: (arguments, results) -> arguments of the call after, for donated ones.
+      compile_s: seconds spent compiling.
+    """
+
+    compiled: Any
+    arguments: tuple
+    advance: Callable[[tuple, Any], tuple]
+    compile_s: float
+
+
+class Row(NamedTuple):
+    """The measurements of one program.
+
+    Attributes:
+      median_s: of the calls, seconds.
+      min_s: of the fastest call.
+      ratio: median over rounds of the time relative to the teacher's forward pass in that round.
+      images_per_second: at the median.
+      compile_s: seconds of compilation.
+      program_mb: memory of the compiled program: arguments, results and temporaries.
+      peak_rss_mb: of a process that runs this row alone; None if not measured.
+    """
+
+    median_s: float
+    min_s: float
+    ratio: float
+    images_per_second: float
+    compile_s: float
+    program_mb: float
+    peak_rss_mb: float | None
+
+
+def load_model(name: str) -> denoisers.Denoiser:
+    """The float network of a benchmark.
+
+    Raises:
+      ValueError: unknown name.
+    """
+    if name == 'bundled':
+        return denoisers.load_teacher('fashion_mnist')
+    if name != 'cifar10':
+        raise ValueError(f'model={name!r}: expected one of {", ".join(MODELS)}.')
+    info = denoisers.DenoiserInfo(
+        schedule=Schedule(kind='linear'), prediction='eps', image_shape=(32, 32, 3),
+        num_classes=None,
+    )  # fmt: skip
+    network = DDPMUNet()
+    return denoisers.float_denoiser(
+        network, denoisers.init_params(network, info, jax.random.key(0)), info
+    )
+
+
+def made_up_stats(plan: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Statistics of every quantized input as if all values lay in [-2, 4]."""
+    low, high = np.full(TABLE_STEPS, -2, np.float32), np.full(TABLE_STEPS, 4, np.float32)
+    stats = TensorStats(low, high, np.stack([low, high], axis=-1))
+    return {path: dict.fromkeys(INPUT_ROLES[layers[path].kind], stats) for path in plan}
+
+
+def make_programs(
+    teacher: denoisers.Denoiser, config: BenchConfig, rows: tuple[str, ...]
+) -> dict[str, Program]:
+    """The compiled programs of `rows`, and always the teacher's."""
+    # Min-max ranges: a search would take longer than the benchmark.
+    quant = QuantConfig(weight_observer='minmax', activation_observer='minmax')
+    layers = denoisers.quantizable(teacher)
+    plan = denoisers.make_plan(layers, quant)
+    method = methods.make(EfficientDMConfig(), plan)
+    timesteps = np.linspace(990, 0, TABLE_STEPS).astype(np.int32)
+    key = jax.random.key(0)
+    state = jax.jit(method.init)(teacher.params, made_up_stats(plan, layers), key)
+    keys = jax.random.split(key, config.batch_size)
+    labels = sample.balanced_labels(config.batch_size, teacher.info.num_classes)
+    x = samplers.initial_noise(keys, teacher.info.image_shape)
+
+    def repeat(arguments, results):
+        del results
+        return arguments
+
+    def compile_program(function, arguments, *static, advance=repeat):
+        began = time.perf_counter()
+        compiled = function.lower(*static, *arguments).compile()
+        return Program(compiled, arguments, advance, time.perf_counter() - began)
+
+    def sampling(denoiser):
+        sampler = denoisers.make_denoiser_sampler(
+            denoiser.info, SamplerConfig(num_steps=config.num_steps)
+        )
+        return compile_program(
+            sample.sample_batch, (denoiser.params, sampler, keys, labels),
+            denoiser.predict, denoiser.info, 1.0,
+        )  # fmt: skip
+
+    def finetuning():
+        options = FinetuneConfig(num_iterations=1000, batch_size=config.batch_size)
+        sampler = denoisers.make_denoiser_sampler(teacher.info, options.sampler)
+        optimizer = method.optimizer(state, finetune.make_decay(options))
+        loss = finetune.make_loss(teacher, method, plan, timesteps, 'nearest', options)
+        step = finetune.make_train_step(teacher, loss, optimizer, options)
+        positions = finetune.start_positions(teacher, sampler, options, teacher.params, key)
+        start = finetune.TrainState(
+            state, optimizer.init(state), positions, jnp.zeros((), jnp.int32)
+        )
+        start = jax.tree.map(jnp.copy, start)  # donated: the teacher's leaves must survive
+        return compile_program(
+            step, (start, teacher.params, sampler, key),
+            advance=lambda arguments, results: (results[0], *arguments[1:]),
+        )  # fmt: skip
+
+    def integers():
+        bound = jax.jit(method.bind)(teacher.params, state)
+        exported = export.make(teacher, plan, bound, timesteps, 'nearest')
+        return sampling(export.denoiser(exported, 'integer'))
+
+    makers = {
+        'teacher': lambda: compile_program(
+            jax.jit(teacher.predict), (teacher.params, x, jnp.asarray(500, jnp.int32), labels)
+        ),
+        'finetune': finetuning,
+        'sample_float': lambda: sampling(teacher),
+        'sample_integer': integers,
+    }
+    return {name: make() for name, make in makers.items() if name == 'teacher' or name in rows}
+
+
+def call(program: Program) -> tuple[Program, float]:
+    """Runs a program once; the program with its next arguments, and the seconds."""
+    began = time.perf_counter()
+    results = jax.block_until_ready(program.compiled(*program.arguments))
+    seconds = time.perf_counter() - began
+    return program._replace(arguments=program.advance(program.arguments, results)), seconds
+
+
+def measure(programs: Mapping[str, Program], config: BenchConfig) -> dict[str, Row]:
+    """Times the programs in turn."""
+    programs = dict(programs)
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for index in range(config.num_rounds + 2):
+        for name, program in programs.items():
+            programs[name], spent = call(program)
+            if index >= 2:  # the first calls touch memory for the first time
+                seconds[name].append(spent)
+    result = {}
+    for name, program in programs.items():
+        memory = program.compiled.memory_analysis()
+        size = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+        # Donated arguments lie in the same memory as the results.
+        size += memory.output_size_in_bytes - memory.alias_size_in_bytes
+        median = statistics.median(seconds[name])
+        ratios = [s / t for s, t in zip(seconds[name], seconds['teacher'], strict=True)]
+        result[name] = Row(
+            median_s=median,
+            min_s=min(seconds[name]),
+            ratio=statistics.median(ratios),
+            images_per_second=config.batch_size / median,
+            compile_s=program.compile_s,
+            program_mb=size / MEGABYTE,
+            peak_rss_mb=None,
+        )
+    return result
+
+
+def peak_rss_mb() -> float:
+    """The most memory this process has ever held."""
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEGABYTE
+
+
+def measure_alone(name: str) -> float:
+    """The peak memory of a process that runs one row three times, and nothing else."""
+    command = [sys.executable, '-m', 'dmq_jax.bench', f'--rows={name}', '--num_rounds=1']
+    command += [f'--model={_MODEL.value}', f'--batch_size={_BATCH_SIZE.value}', '--nomemory']
+    command += [f'--num_steps={_NUM_STEPS.value}', '--json=/dev/stdout']
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
+    return json.loads(done.stdout[done.stdout.index('{') :])['peak_rss_mb']
+
+
+def table(rows: Mapping[str, Row]) -> list[str]:
+    """The measurements as aligned lines."""
+    lines = [
+        f'{"row":16}{"median s":>10}{"min s":>10}{"x teacher":>11}{"images/s":>10}'
+        f'{"compile s":>11}{"program MB":>12}{"peak RSS MB":>13}'
+    ]
+    for name, row in rows.items():
+        rss = '-' if row.peak_rss_mb is None else f'{row.peak_rss_mb:.0f}'
+        lines.append(
+            f'{name:16}{row.median_s:10.4f}{row.min_s:10.4f}{row.ratio:11.2f}'
+            f'{row.images_per_second:10.2f}{row.compile_s:11.1f}{row.program_mb:12.0f}{rss:>13}'
+        )
+    return lines
+
+
+def report(model: str, config: BenchConfig, rows: Mapping[str, Row]) -> dict[str, Any]:
+    """The measurements and where they were made, as JSON values."""
+    return {
+        'model': model,
+        **dataclasses.asdict(config),
+        'rows': {name: row._asdict() for name, row in rows.items()},
+        'peak_rss_mb': peak_rss_mb(),
+        'device': jax.devices()[0].device_kind,
+        'num_cores': os.cpu_count(),
+        'versions': log.versions(),
+        'revision': log.git_revision(),
+    }
+
+
+def _main(arguments: list[str]) -> None:
+    if arguments[1:] or not set(_ROWS.value) <= set(ROWS):
+        raise app.UsageError(f'--rows={_ROWS.value}: expected some of {", ".join(ROWS)}.')
+    config = BenchConfig(
+        batch_size=_BATCH_SIZE.value, num_steps=_NUM_STEPS.value, num_rounds=_NUM_ROUNDS.value
+    )
+    programs = make_programs(load_model(_MODEL.value), config, tuple(_ROWS.value))
+    rows = measure(programs, config)
+    if _MEMORY.value:
+        rows = {name: row._replace(peak_rss_mb=measure_alone(name)) for name, row in rows.items()}
+    result = report(_MODEL.value, config, rows)
+    print(
+        f'{_MODEL.value}, batch {config.batch_size}, {result["device"]}, {result["num_cores"]} '
+        f'cores, jax {result["versions"]["jax"]}, {result["revision"][:12]}'
+    )
+    print('\n'.join(table(rows)), flush=True)
+    if _JSON.value:
+        Path(_JSON.value).write_text(json.dumps(result, indent=2) + '\n')
+
+
+if __name__ == '__main__':
+    app.run(_main)

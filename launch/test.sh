@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv and runs them all: bash launch/test.sh
+# Further arguments go to pytest: bash launch/test.sh tests/quant -k observers
+# 'slow' and 'gpu' tests are left out; add them with: bash launch/test.sh -m "slow or gpu"
+set -euo pipefail
+source "$(dirname "$0")/environment.sh" requirements-test.txt requirements.txt
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+exec .venv/bin/python -m pytest "$@"

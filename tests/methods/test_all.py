@@ -1,0 +1,274 @@
+"""What holds for every method, on a small U-Net: the one test a new method must pass."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from dmq_jax import denoisers, export, finetune, methods
+from dmq_jax.config import (
+    EfficientDMConfig,
+    FinetuneConfig,
+    RoundToNearestConfig,
+    SamplerConfig,
+)
+from dmq_jax.diffusion.schedule import Schedule
+from dmq_jax.methods import base
+from dmq_jax.models.ddpm_unet import DDPMUNet
+from dmq_jax.quant.layers import collect_stats, observe_inputs
+from dmq_jax.quant.plan import LayerSpec, Rule, make_plan, paper_rules
+from dmq_jax.quant.tensor import QuantSpec
+
+# Rates for 30 steps instead of thousands.
+CONFIGS = [
+    RoundToNearestConfig(),
+    EfficientDMConfig(
+        lora_rank=4, lora_rate_per_scale=0.03, weight_scale_learning_rate=5e-3,
+        input_scale_learning_rate=1e-2, zero_point_learning_rate=5e-2,
+    ),
+]  # fmt: skip
+IDS = [config.name for config in CONFIGS]
+LEARNABLE = [config for config in CONFIGS if not isinstance(config, RoundToNearestConfig)]
+NUM_STEPS = 30
+
+NETWORK = DDPMUNet(
+    channels=(4,), in_channels=1, layers_per_block=1, num_groups=2, down_attention=(False,),
+)  # fmt: skip
+INFO = denoisers.DenoiserInfo(
+    schedule=Schedule(
+        kind='scaled_linear', num_train_timesteps=100, beta_start=1e-3, beta_end=0.05
+    ),
+    prediction='eps',
+    image_shape=(4, 4, 1),
+    num_classes=None,
+)
+TIMESTEPS = np.array([90, 50, 10], np.int32)
+FAST_COMPILE = {'xla_backend_optimization_level': 0}  # tiny tensors: compiling is all the time
+
+# Integer and float sums round differently in the last bit; where a value then falls on the other
+# side of a rounding boundary, one activation moves by one step of its 4-bit grid, and a flip makes
+# others. As a share of the prediction's norm; seen: see the message of the assertion.
+MODE_TOLERANCE = 0.05
+
+
+def spec(bits, **options):
+    return LayerSpec(
+        weight=QuantSpec(bits=bits, symmetric=True, per_channel=True, observer='minmax'),
+        inputs=QuantSpec(bits=bits, symmetric=False, observer='minmax'),
+        **options,
+    )
+
+
+@pytest.fixture(scope='module')
+def teacher():
+    shapes = jax.eval_shape(
+        lambda key: denoisers.init_params(NETWORK, INFO, key), jax.random.key(0)
+    )
+    rng = np.random.default_rng(0)
+
+    def fill(path, leaf):
+        noise = rng.standard_normal(leaf.shape) / np.sqrt(max(1, np.prod(leaf.shape[:-1])))
+        return jnp.asarray(noise + (path[-1].key == 'scale'), jnp.float32)
+
+    return denoisers.float_denoiser(
+        NETWORK, jax.tree_util.tree_map_with_path(fill, shapes), INFO
+    )
+
+
+@pytest.fixture(scope='module')
+def plan(teacher):
+    """EfficientDM's coverage, with the products of one attention block quantized as well."""
+    edge = spec(8, per_timestep=False, trainable=False)
+    products = Rule(pattern='mid/.*/(scores|mix)', spec=spec(4))
+    return make_plan(denoisers.quantizable(teacher), [products, *paper_rules(spec(4), edge)])
+
+
+@pytest.fixture(scope='module')
+def images():
+    return jnp.asarray(np.random.default_rng(1).standard_normal((4, 4, 4, 1)).astype(np.float32))
+
+
+@pytest.fixture(scope='module')
+def stats(teacher, plan, images):
+    def visit(_, t):
+        with observe_inputs(plan, 64):
+            _, found = NETWORK.apply({'params': teacher.params}, images, t, mutable=['stats'])
+        return None, collect_stats(plan, found['stats'])
+
+    scan = jax.jit(lambda ts: jax.lax.scan(visit, None, ts)[1], compiler_options=FAST_COMPILE)
+    return scan(jnp.asarray(TIMESTEPS))
+
+
+class Trained:
+    """A method before and after distillation."""
+
+    def __init__(self, config, teacher, plan, stats, images):
+        self.config = config
+        self.method = methods.make(config, plan)
+        self.init = jax.jit(self.method.init, compiler_options=FAST_COMPILE)
+        self.start = self.init(teacher.params, stats, jax.random.key(0))
+        self.bind = jax.jit(self.method.bind, compiler_options=FAST_COMPILE)
+        loss = finetune.make_loss(
+            teacher, self.method, plan, TIMESTEPS, 'nearest',
+            FinetuneConfig(sampler=SamplerConfig()),
+        )  # fmt: skip
+        optimizer = self.method.optimizer(self.start, lambda step: 1.0)
+
+        @jax.jit(compiler_options=FAST_COMPILE)
+        def step(state, moments, t):
+            (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(
+                state, teacher.params, images, t, None
+            )
+            with jax.numpy_dtype_promotion('standard'):
+                updates, moments = optimizer.update(gradients, moments, state)
+            state = jax.tree.map(jnp.add, state, updates)
+            return state, moments, value, gradients
+
+        state, moments = self.start, optimizer.init(self.start)
+        self.losses = []
+        for i in range(NUM_STEPS):
+            t = jnp.asarray(TIMESTEPS[i % 3])
+            state, moments, value, gradients = step(state, moments, t)
+            self.losses.append(float(value))
+            if i == 3:  # an update that starts at zero has passed its first gradients on
+                self.gradients = gradients
+        self.state = state
+        self.num_programs = step._cache_size()
+        self.bound = self.bind(teacher.params, self.state)
+
+
+@pytest.fixture(scope='module', params=CONFIGS, ids=IDS)
+def trained(request, teacher, plan, stats, images):
+    return Trained(request.param, teacher, plan, stats, images)
+
+
+def leaves(tree):
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def assert_same(a, b):
+    a, b = leaves(a), leaves(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_every_method_is_tested_here():
+    assert {type(config) for config in CONFIGS} == set(methods.METHODS)
+
+
+def test_init_and_bind_are_pure(trained, teacher, stats):
+    again = trained.init(teacher.params, stats, jax.random.key(0))
+    assert_same(again, trained.start)
+    assert_same(trained.bind(teacher.params, trained.state), trained.bound)
+
+
+def test_the_state_is_a_tree_of_floats_and_keeps_its_structure(trained):
+    assert {leaf.dtype for leaf in jax.tree.leaves(trained.start)} == {jnp.dtype('float32')}
+    assert jax.tree.structure(trained.state) == jax.tree.structure(trained.start)
+
+
+def test_one_program_serves_all_timesteps_and_steps(trained):
+    assert trained.num_programs == 1
+
+
+def test_everything_the_plan_names_is_bound_and_nothing_else(trained, plan):
+    assert set(trained.bound.weights) == {p for p, s in plan.items() if s.weight is not None}
+    assert set(trained.bound.tables) == {p for p, s in plan.items() if s.inputs is not None}
+    for path, roles in trained.bound.tables.items():
+        rows = 3 if plan[path].per_timestep else 1
+        for table in roles.values():
+            assert table['scale'].shape == table['zero_point'].shape == (rows,)
+
+
+def test_codes_are_integers_on_their_grid_with_positive_scales(trained, plan):
+    for path, weight in trained.bound.weights.items():
+        codes, (qmin, qmax) = np.asarray(weight.codes), plan[path].weight.grid
+        np.testing.assert_array_equal(codes, np.rint(codes))
+        assert qmin <= codes.min() and codes.max() <= qmax
+        assert float(weight.scale.min()) > 0
+    for path, roles in trained.bound.tables.items():
+        qmin, qmax = plan[path].inputs.grid
+        for table in roles.values():
+            zeros = np.asarray(table['zero_point'])
+            np.testing.assert_array_equal(zeros, np.rint(zeros))
+            assert qmin <= zeros.min() and zeros.max() <= qmax
+            assert float(table['scale'].min()) > 0
+
+
+def test_float_parameters_are_untouched(trained, teacher):
+    before = leaves(teacher.params)
+    student = leaves(base.with_weights(teacher.params, trained.bound.weights))
+    kernels = {
+        jax.tree_util.keystr(tuple(map(jax.tree_util.DictKey, (*path.split('/'), 'kernel'))))
+        for path in trained.bound.weights
+    }
+    assert kernels < before.keys()
+    for name, leaf in before.items():
+        same = np.array_equal(student[name], leaf)
+        assert same != (name in kernels), name
+
+
+def test_gradients_are_finite_and_reach_every_learnable_group(trained):
+    for name, gradient in leaves(trained.gradients).items():
+        assert np.isfinite(gradient).all(), name
+    if trained.config in LEARNABLE:
+        for group in ('lora', 'weight', 'input'):
+            share = np.mean([g.any() for g in leaves(trained.gradients[group]).values()])
+            # At one timestep a zero point has a gradient only where something is clipped.
+            assert share > 0.5, f'{group}: {share:.0%} of the tensors have a gradient'
+
+
+def test_what_is_not_trainable_does_not_move(trained, plan, teacher):
+    first = trained.bind(teacher.params, trained.start)
+    fixed = [path for path, layer in plan.items() if not layer.trainable]
+    assert fixed
+    for path in fixed:
+        assert_same(first.weights[path], trained.bound.weights[path])
+        assert_same(first.tables[path], trained.bound.tables[path])
+    if trained.config in LEARNABLE:
+        assert_same(trained.start['calibrated'], trained.state['calibrated'])
+        moved = [p for p in first.weights if not np.array_equal(
+            first.weights[p].scale, trained.bound.weights[p].scale
+        )]  # fmt: skip
+        assert set(moved) == set(first.weights) - set(fixed)
+    else:
+        assert_same(trained.start, trained.state)
+
+
+def test_distillation_beats_round_to_nearest(trained):
+    # The first loss at each of the three timesteps is that of rounding to nearest.
+    first, last = np.mean(trained.losses[:3]), np.mean(trained.losses[-3:])
+    if trained.config in LEARNABLE:
+        assert last < 0.8 * first, f'{first:.4g} -> {last:.4g}'
+    else:
+        assert last == pytest.approx(first, rel=1e-6)
+
+
+def test_an_export_predicts_what_the_student_predicts(trained, teacher, plan, images, tmp_path):
+    student = denoisers.fake_student(teacher, plan, trained.bound, TIMESTEPS, 'nearest')
+    made = export.make(teacher, plan, trained.bound, TIMESTEPS, 'nearest')
+    export.save(tmp_path / 'export', made)
+    loaded = export.load(tmp_path / 'export')
+    fake, integer = (export.denoiser(loaded, mode) for mode in ('fake', 'integer'))
+    assert fake.predict == student.predict
+
+    # Given back as float32: the parameters, and so the predictions, are the very same numbers.
+    assert_same(fake.params['tables'], student.params['tables'])
+    for path in trained.bound.weights:
+        got, want = (base.get_kernel(d.params['params'], path) for d in (fake, student))
+        np.testing.assert_array_equal(got, want, err_msg=path)
+
+    t = jnp.asarray([90, 90, 50, 10])
+    want, got = (
+        np.asarray(jax.jit(d.predict, compiler_options=FAST_COMPILE)(d.params, images, t))
+        for d in (fake, integer)
+    )
+    distance = np.linalg.norm(got - want) / np.linalg.norm(want)
+    assert distance < MODE_TOLERANCE, f'{distance:.2e}'
+    kept = traverse_util.flatten_dict(integer.params['params'], sep='/')
+    assert not {f'{path}/kernel' for path in trained.bound.weights} & set(kept)

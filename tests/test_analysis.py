@@ -1,0 +1,164 @@
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from dmq_jax import analysis, denoisers, methods
+from dmq_jax.config import QuantConfig, RoundToNearestConfig, SamplerConfig
+from dmq_jax.denoisers import DenoiserInfo, float_denoiser
+from dmq_jax.diffusion.schedule import Schedule
+from dmq_jax.models.ddpm_unet import DDPMUNet
+from dmq_jax.quant.layers import collect_stats, observe_inputs
+from dmq_jax.quant.plan import LayerSpec
+
+NETWORK = DDPMUNet(
+    channels=(8,), in_channels=1, out_channels=1, layers_per_block=1, num_groups=4,
+    down_attention=(True,), up_attention=(True,), mid_attention=False, num_class_embeds=4,
+)  # fmt: skip
+INFO = DenoiserInfo(
+    schedule=Schedule(kind='linear', num_train_timesteps=50, beta_start=1e-3, beta_end=0.1),
+    prediction='eps',
+    image_shape=(4, 4, 1),
+    num_classes=3,
+)
+SAMPLER = SamplerConfig(num_steps=5)
+# The same float32 sums in another order.
+TOLERANCE = 1e-5
+
+
+def make_teacher():
+    params = denoisers.init_params(NETWORK, INFO, jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    # Layers that start at zero would make every error zero.
+    noisy = [a + 0.2 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
+    return float_denoiser(NETWORK, jax.tree.unflatten(tree, noisy), INFO)
+
+
+def make_student(teacher, **quant):
+    layers = denoisers.quantizable(teacher)
+    plan = denoisers.make_plan(layers, QuantConfig(coverage='full', per_timestep=False, **quant))
+    observed = {path: LayerSpec(weight=None, inputs=denoisers.OBSERVED) for path in plan}
+    x = jax.random.normal(jax.random.key(2), (3, *INFO.image_shape))
+    method = methods.make(RoundToNearestConfig(), plan)
+
+    @jax.jit
+    def bind(params):
+        with observe_inputs(observed, 64):
+            _, collections = NETWORK.apply(
+                {'params': params}, x, jnp.int32(9), jnp.arange(3), mutable=['stats']
+            )
+        stats = collect_stats(observed, collections['stats'])
+        stats = jax.tree.map(lambda a: a[None], stats)
+        return method.bind(params, method.init(params, stats, jax.random.key(0)))
+
+    return denoisers.fake_student(teacher, plan, bind(teacher.params), np.array([9]), 'nearest')
+
+
+def measure(teacher, student):
+    return analysis.run(teacher, student, SAMPLER, key=jax.random.key(3), num_images=4)
+
+
+@pytest.fixture(scope='module')
+def teacher():
+    return make_teacher()
+
+
+@pytest.fixture(scope='module')
+def student(teacher):
+    return make_student(teacher, weight_bits=3, activation_bits=4)
+
+
+@pytest.fixture(scope='module')
+def result(teacher, student):
+    return measure(teacher, student)
+
+
+@pytest.mark.parametrize('is_on', [False, True])
+def test_all_gates_shut_is_the_teacher_and_all_open_the_student(teacher, student, is_on):
+    x = jax.random.normal(jax.random.key(4), (3, *INFO.image_shape))
+    t, y = jnp.array([40, 20, 1]), jnp.arange(3)
+    gates = {path: jnp.asarray(is_on) for path, _ in student.predict.plan}
+    mixed = jax.jit(functools.partial(analysis.predict_mixed, student.predict))(
+        teacher.params, student.params, gates, gates, x, t, y
+    )
+    network = student if is_on else teacher
+    expected = jax.jit(network.predict)(network.params, x, t, y)
+    np.testing.assert_allclose(mixed, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_every_layer_and_timestep_has_its_error(result, student):
+    assert result['timesteps'] == sorted(result['timesteps'], reverse=True)
+    assert list(result['layers']) == [path for path, _ in student.predict.plan]
+    for errors in result['error'].values():
+        assert len(errors) == SAMPLER.num_steps and all(e > 0 for e in errors)
+    assert all(layer['sensitivity'] >= 0 for layer in result['layers'].values())
+    assert json.loads(json.dumps(result)) == result
+
+
+def test_kernel_errors_equal_their_definition(result, teacher, student):
+    before, after = (
+        traverse_util.flatten_dict(params, sep='/')
+        for params in (teacher.params, student.params['params'])
+    )
+    with_kernel = 0
+    for path, layer in result['layers'].items():
+        if (name := f'{path}/kernel') not in before:
+            assert layer['weight_error'] is None
+            continue
+        with_kernel += 1
+        w, rounded = (np.asarray(tree[name], np.float64) for tree in (before, after))
+        expected = ((w - rounded) ** 2).sum() / (w**2).sum()
+        assert layer['weight_error'] == pytest.approx(expected, rel=1e-9)
+    assert with_kernel > 5
+
+
+def test_float_activations_leave_the_weights_to_blame(teacher):
+    student = make_student(teacher, weight_bits=3, activation_bits=32)
+    error = measure(teacher, student)['error']
+    assert error['student'] == error['weights']
+    assert max(error['activations']) == 0 < min(error['weights'])
+
+
+def test_a_layer_alone_explains_a_student_that_quantizes_nothing_else(teacher, student):
+    path = 'conv_in'
+    plan = tuple(item for item in student.predict.plan if item[0] == path)
+    flat = traverse_util.flatten_dict(teacher.params, sep='/')
+    quantized = traverse_util.flatten_dict(student.params['params'], sep='/')
+    flat[f'{path}/kernel'] = quantized[f'{path}/kernel']
+    alone = student._replace(
+        predict=denoisers.QuantizedPredict(NETWORK, plan, 'nearest', 'fake'),
+        params={
+            **student.params,
+            'params': traverse_util.unflatten_dict(flat, sep='/'),
+            'tables': {path: student.params['tables'][path]},
+        },
+    )
+    whole = measure(teacher, student)['layers'][path]['sensitivity']
+    assert measure(teacher, alone)['layers'][path]['sensitivity'] == pytest.approx(
+        whole, rel=TOLERANCE
+    )
+
+
+def test_one_program_answers_every_question(teacher, student, monkeypatch):
+    traces = []
+    original = analysis.predict_mixed
+
+    def counted(*args):
+        traces.append(len(args))
+        return original(*args)
+
+    monkeypatch.setattr(analysis, 'predict_mixed', counted)
+    measure(teacher, student)
+    assert len(traces) == 1
+
+
+def test_an_error_is_relative_to_each_target():
+    target = np.array([[3.0, 4.0], [0.0, 2.0]])
+    value = np.array([[3.0, 9.0], [0.0, 1.0]])
+    assert analysis.mean_error(value, target) == pytest.approx((25 / 25 + 1 / 4) / 2)
+    assert analysis.mean_error(np.zeros((1, 2)), np.zeros((1, 2))) == 0
