@@ -44,7 +44,7 @@ def run(
 
     Args:
       teacher: the float network.
-      student: the same network in fake-quantized mode (`export.denoiser(..., 'fake')`).
+      student: the same network in fake-quantized mode (`exporting.denoiser(..., 'fake')`).
       sampler_config: draws the teacher's trajectory, along which the two are compared.
       key: root key of the images.
       num_images: images compared.

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from dmq_jax import denoisers, export, finetune, methods, sample
+from dmq_jax import denoisers, exporting, finetune, methods, sampling
 from dmq_jax.config import EfficientDMConfig, FinetuneConfig, QuantConfig, SamplerConfig
 from dmq_jax.diffusion import samplers
 from dmq_jax.diffusion.schedule import Schedule
@@ -139,7 +139,7 @@ def make_programs(
     key = jax.random.key(0)
     state = jax.jit(method.init)(teacher.params, made_up_stats(plan, layers), key)
     keys = jax.random.split(key, config.batch_size)
-    labels = sample.balanced_labels(config.batch_size, teacher.info.num_classes)
+    labels = sampling.balanced_labels(config.batch_size, teacher.info.num_classes)
     x = samplers.initial_noise(keys, teacher.info.image_shape)
 
     def repeat(arguments, results):
@@ -151,12 +151,12 @@ def make_programs(
         compiled = function.lower(*static, *arguments).compile()
         return Program(compiled, arguments, advance, time.perf_counter() - began)
 
-    def sampling(denoiser):
+    def draw(denoiser):
         sampler = denoisers.make_denoiser_sampler(
             denoiser.info, SamplerConfig(num_steps=config.num_steps)
         )
         return compile_program(
-            sample.sample_batch, (denoiser.params, sampler, keys, labels),
+            sampling.sample_batch, (denoiser.params, sampler, keys, labels),
             denoiser.predict, denoiser.info, 1.0,
         )  # fmt: skip
 
@@ -178,15 +178,15 @@ def make_programs(
 
     def integers():
         bound = jax.jit(method.bind)(teacher.params, state)
-        exported = export.make(teacher, plan, bound, timesteps, 'nearest')
-        return sampling(export.denoiser(exported, 'integer'))
+        exported = exporting.make(teacher, plan, bound, timesteps, 'nearest')
+        return draw(exporting.denoiser(exported, 'integer'))
 
     makers = {
         'teacher': lambda: compile_program(
             jax.jit(teacher.predict), (teacher.params, x, jnp.asarray(500, jnp.int32), labels)
         ),
         'finetune': finetuning,
-        'sample_float': lambda: sampling(teacher),
+        'sample_float': lambda: draw(teacher),
         'sample_integer': integers,
     }
     return {name: make() for name, make in makers.items() if name == 'teacher' or name in rows}

@@ -23,7 +23,7 @@ from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import Plan
 from dmq_jax.runtime import mesh
 from dmq_jax.runtime.progress import progress
-from dmq_jax.sample import balanced_labels
+from dmq_jax.sampling import balanced_labels
 
 
 class Calibration(NamedTuple):

@@ -525,7 +525,7 @@ class TrainTeacherConfig:
     classifier: ClassifierConfig = ClassifierConfig()
     schedule: Literal['linear', 'cosine', 'scaled_linear'] = 'linear'  # noise schedule
     prediction: Literal['eps', 'v'] = 'eps'  # what the network predicts
-    num_iterations: int = 12_000  # optimizer steps
+    num_iterations: int = 7_500  # optimizer steps
     batch_size: int = 64  # images per optimizer step
     learning_rate: float = 8e-4  # peak; cosine decay to 1 % after the warm-up
     warmup_iterations: int = 500  # steps from 0 to the peak

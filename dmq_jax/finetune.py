@@ -23,7 +23,6 @@ from dmq_jax import denoisers
 from dmq_jax.config import FinetuneConfig
 from dmq_jax.diffusion import samplers
 from dmq_jax.methods.base import Method, State
-from dmq_jax.quant.layers import PRODUCT
 from dmq_jax.quant.plan import Plan
 from dmq_jax.runtime import log, mesh
 from dmq_jax.runtime.checkpoint import Checkpoints
@@ -154,19 +153,13 @@ def make_loss(
     scale = config.sampler.guidance_scale
     predict_teacher = denoisers.guided(teacher.predict, teacher.info, scale)
     predict_student = denoisers.guided(student, teacher.info, scale)
-    # Norms, activations and rounding are cheaper to repeat than to keep.
-    kept = () if config.remat else (PRODUCT,)
-
-    @functools.partial(
-        jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(*kept)
-    )
-    def distance(state, params, target, x, t, y):
-        bound = denoisers.training_params(params, method.bind(params, state), timesteps)
-        return method.loss(predict_student(bound, x, t, y), target)
+    if config.remat:
+        predict_student = jax.checkpoint(predict_student)
 
     def loss(state, params, x, t, y):
         target = jax.lax.stop_gradient(predict_teacher(params, x, t, y))
-        return distance(state, params, target, x, t, y), target
+        bound = denoisers.training_params(params, method.bind(params, state), timesteps)
+        return method.loss(predict_student(bound, x, t, y), target), target
 
     return loss
 

@@ -20,11 +20,11 @@ from dmq_jax import (
     config as config_lib,
     denoisers,
     evaluate,
-    export,
+    exporting,
     finetune,
     methods,
     report,
-    sample,
+    sampling,
 )
 from dmq_jax.config import Config, StudentConfig
 from dmq_jax.quant import plan as plan_lib
@@ -179,7 +179,7 @@ def student_options(context: Run, student: StudentConfig) -> dict[str, Any]:
     }
 
 
-def exported(context: Run, name: str) -> export.Exported:
+def exported(context: Run, name: str) -> exporting.Exported:
     """The student as packed integers."""
     student = context.config.students[name]
     calibration(context)
@@ -188,15 +188,15 @@ def exported(context: Run, name: str) -> export.Exported:
         stats = calibration(context)
         method, state, duration_s = learn(context, name)
         bound = jax.jit(method.bind)(context.teacher.params, state)
-        model = export.make(
+        model = exporting.make(
             context.teacher, context.plans[name], bound, stats.timesteps,
             student.quant.timestep_lookup,
         )  # fmt: skip
-        export.save(path, model, {'finetune_seconds': duration_s, 'method': student.method.name})
+        exporting.save(path, model, {'finetune_seconds': duration_s, 'method': student.method.name})
 
     return artefacts.artefact(
         student_folder(context, name) / 'export', student_options(context, student), make,
-        export.load,
+        exporting.load,
     )  # fmt: skip
 
 
@@ -216,7 +216,7 @@ def samples(context: Run, name: str) -> dict[str, np.ndarray]:
         if name == TEACHER:
             denoiser = context.teacher
         else:
-            denoiser = export.denoiser(exported(context, name), config.sample.mode)
+            denoiser = exporting.denoiser(exported(context, name), config.sample.mode)
         np.savez_compressed(path / 'images.npz', **draw(context, denoiser, f'sample {name}'))
 
     return artefacts.artefact(
@@ -228,8 +228,8 @@ def samples(context: Run, name: str) -> dict[str, np.ndarray]:
 def draw(context: Run, denoiser: denoisers.Denoiser, description: str) -> dict[str, np.ndarray]:
     """All images of a run, with the rate after the first, compiling batch."""
     config = context.config
-    labels = sample.balanced_labels(config.sample.num_images, denoiser.info.num_classes)
-    batches = sample.batches(
+    labels = sampling.balanced_labels(config.sample.num_images, denoiser.info.num_classes)
+    batches = sampling.batches(
         denoiser, config.sampler, labels=labels, num_images=config.sample.num_images,
         key=context.key('sample'), batch_size=config.sample.batch_size,
         device_mesh=context.device_mesh,
@@ -288,7 +288,7 @@ def analyse(context: Run, name: str) -> dict[str, Any]:
 
     def make(path: Path) -> None:
         result = analysis.run(
-            context.teacher, export.denoiser(model, 'fake'), context.config.sampler,
+            context.teacher, exporting.denoiser(model, 'fake'), context.config.sampler,
             key=context.key('analyse'), description=f'analyse {name}',
         )  # fmt: skip
         log.write_json(path / 'analysis.json', result)
@@ -319,5 +319,5 @@ def describe_network(context: Run, name: str) -> dict[str, Any]:
         'coverage': student.quant.coverage,
         'per_timestep': student.quant.per_timestep,
         'size_mb': (folder / 'model.safetensors').stat().st_size / 1e6,
-        'finetune_seconds': export.read_manifest(folder)['facts']['finetune_seconds'],
+        'finetune_seconds': exporting.read_manifest(folder)['facts']['finetune_seconds'],
     }

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dmq_jax import calibrate, charts, denoisers, export
+from dmq_jax import calibrate, charts, denoisers, exporting
 from dmq_jax.charts import Axis, Series, format_number
 from dmq_jax.config import FLOAT_BITS, ReportConfig
 from dmq_jax.methods.base import init_inputs
@@ -61,7 +61,7 @@ class Artefacts(NamedTuple):
     students: list[str]
     images: dict[str, dict[str, np.ndarray]]
     losses: dict[str, list[dict[str, Any]]]
-    exports: dict[str, export.Exported]
+    exports: dict[str, exporting.Exported]
     analyses: dict[str, dict[str, Any]]
     calibration: calibrate.Calibration | None
 
@@ -149,7 +149,7 @@ def read(workdir: Path) -> Artefacts:
         if (folder / 'finetune' / log.METRICS_FILE).is_file()
     }
     exports = {
-        name: export.load(folder / 'export')
+        name: exporting.load(folder / 'export')
         for name, folder in folders.items()
         if (folder / 'export' / 'complete.json').is_file()
     }
@@ -187,14 +187,20 @@ def find_baseline(rows: Mapping[str, Mapping[str, Any]]) -> str | None:
     plain = [n for n, row in rows.items() if row.get('method') == 'round_to_nearest']
     static = [n for n in plain if not rows[n].get('per_timestep')]
     # Among several, the narrowest: it leaves the most to win.
-    return min(static or plain, key=lambda n: rows[n].get('weight_bits', 0), default=None)
+    return min(static or plain, key=lambda n: _bits(rows[n]), default=None)
 
 
 def find_best(rows: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The student with the least distance, other than the baseline if there is a choice."""
+    """The student with the least distance, of the baseline's bits if another one has them."""
     students = [n for n, row in rows.items() if n != TEACHER and row.get('fd') is not None]
-    others = [n for n in students if n != find_baseline(rows)]
-    return min(others or students, key=lambda n: rows[n]['fd'], default=None)
+    baseline = find_baseline(rows)
+    others = [n for n in students if n != baseline]
+    equals = [n for n in others if baseline and _bits(rows[n]) == _bits(rows[baseline])]
+    return min(equals or others or students, key=lambda n: rows[n]['fd'], default=None)
+
+
+def _bits(row: Mapping[str, Any]) -> tuple[int, int]:
+    return row['weight_bits'], row['activation_bits']
 
 
 def closed_gap(rows: Mapping[str, Mapping[str, Any]], name: str) -> float | None:
@@ -445,20 +451,20 @@ def images_section(found: Artefacts, config: ReportConfig) -> str:
     most = max(3, _PAGE_WIDTH // (len(found.images) * _IMAGE_WIDTH))
     names, picked = pick_images(labels, config.grid_size, most, _class_names(found))
     count = min(len(one['arr_0']) for one in found.images.values())
-    blocks = ''
-    if names:
-        rows = ''.join(f'<span>{_text(name)}</span>' for name in names)
-        blocks = f'<div class="classes"><b>&nbsp;</b><div>{rows}</div></div>'
+    rows = ''.join(f'<span>{_text(name)}</span>' for name in names)
+    cells = f'<i></i><div class="classes">{rows}</div>'
     for name, one in found.images.items():
         shown = one['arr_0'][np.minimum(picked, count - 1)]
         uri = charts.data_uri(charts.image_grid(shown))
-        blocks += (
-            f'<div class="network"><b class="{found.series(name).color}">{_text(name)}</b>'
-            f'<img src="{uri}" alt="images of {_text(name)}" style="min-width:'
-            f'{shown.shape[1] * _IMAGE_WIDTH}px"></div>'
+        label = _text(name).replace('_', '_<wbr>')
+        cells += (
+            f'<b class="{found.series(name).color}">{label}</b>'
+            f'<img src="{uri}" alt="images of {_text(name)}">'
         )
+    widths = f'auto repeat({len(found.images)}, minmax({picked.shape[1] * _IMAGE_WIDTH}px, 1fr))'
     return _figure(
-        f'<div class="scroll"><div class="grids">{blocks}</div></div>',
+        f'<div class="scroll"><div class="grids" style="grid-template-columns:{widths}">'
+        f'{cells}</div></div>',
         'Every network starts from the same noise, so images at the same place should match: '
         'compare outlines and textures with the teacher’s.',
     )
@@ -601,7 +607,7 @@ def scales_section(found: Artefacts, config: ReportConfig) -> str:
     )
 
 
-def _has_rows(exported: export.Exported) -> bool:
+def _has_rows(exported: exporting.Exported) -> bool:
     return any(
         table['scale'].size > 1 for roles in exported.tables.values() for table in roles.values()
     )
@@ -628,7 +634,7 @@ def _over_time(timesteps: np.ndarray, scale: np.ndarray) -> list[tuple[float, fl
     return [(float(t), float(v)) for t, v in zip(timesteps, values, strict=True)]
 
 
-def varying_layers(exported: export.Exported, count: int) -> list[str]:
+def varying_layers(exported: exporting.Exported, count: int) -> list[str]:
     """The layers whose scales change most over time, at most one of each name, such as 'conv2'."""
     changes = {
         path: max(float(np.std(t['scale']) / np.mean(t['scale'])) for t in roles.values())
@@ -766,7 +772,7 @@ def _describe_bits(spec: LayerSpec) -> str:
     return f'A{inputs}' if spec.weight is None else f'W{weight}A{inputs}'
 
 
-def quantizable_layers(exported: export.Exported) -> dict[str, QuantizableLayer]:
+def quantizable_layers(exported: exporting.Exported) -> dict[str, QuantizableLayer]:
     """Every layer of the float network that could be quantized, in the order of execution."""
     network, info = exported.network, exported.info
     params = jax.eval_shape(
@@ -845,16 +851,12 @@ figcaption { max-width: 46rem; margin-top: 1.1rem; font-size: .9rem; color: var(
 .absent { color: var(--muted); }
 code, pre { font-family: var(--mono); font-size: .86em; }
 .scroll { overflow-x: auto; margin: 0 -2rem; padding: 0 2rem; }
-.grids { display: flex; gap: 1.3rem; }
-.grids b { display: block; margin-bottom: .5rem; font-size: .86rem; font-weight: 600;
-  white-space: nowrap; }
-.network { flex: 1 0 0; }
-.network b { border-top: 3px solid var(--c); padding-top: .35rem; }
-.network img { display: block; width: 100%; image-rendering: pixelated; border-radius: 3px; }
+.grids { display: grid; grid-template-rows: auto auto; grid-auto-flow: column; gap: .5rem 1rem; }
+.grids b { align-self: end; padding-bottom: .35rem; border-bottom: 3px solid var(--c);
+  font-size: .86rem; font-weight: 600; line-height: 1.3; }
+.grids img { display: block; width: 100%; image-rendering: pixelated; border-radius: 3px; }
 .classes { display: flex; flex-direction: column; position: sticky; left: -2rem; z-index: 1;
-  padding-right: .2rem; background: var(--paper); }
-.classes b { border-top: 3px solid transparent; padding-top: .35rem; }
-.classes div { flex: 1; display: flex; flex-direction: column; }
+  background: var(--paper); }
 .classes span { flex: 1; display: flex; align-items: center; justify-content: flex-end;
   font-size: .78rem; color: var(--muted); }
 table { width: 100%; border-collapse: collapse; font-size: .92rem;
@@ -875,7 +877,7 @@ td.best b { font-weight: 680; }
 .panels { display: grid; gap: 2.2rem 2rem;
   grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr)); }
 .beside { display: grid; gap: 0 3rem; grid-template-columns: minmax(0, 540px) minmax(0, 1fr); }
-.beside figcaption { align-self: end; margin-bottom: 2.2rem; }
+.beside figcaption { margin-top: 3.2rem; }
 .strip { min-width: 720px; }
 details { margin-top: .9rem; }
 summary { cursor: pointer; color: var(--muted); font-size: .92rem; }
@@ -894,13 +896,13 @@ dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
   dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .6rem; }
 }
 @media (max-width: 860px) {
-  .beside { display: block; } .beside figcaption { margin-bottom: 0; }
+  .beside { display: block; } .beside figcaption { margin-top: 1.1rem; }
 }
 @media print {
   :root { --paper: #fff; --card: #fff; --ink: #111; --muted: #555; --rule: #ddd; --band: #f4f4f4; }
   body { font-size: 11pt; } main { max-width: none; padding: 0; }
   section, header { margin-bottom: 1.6rem; } figure, .card { break-inside: avoid; }
   .scroll { overflow: visible; margin: 0; padding: 0; } details { display: none; }
-  .network img { min-width: 0 !important; } .strip { min-width: 0; }
+  .strip { min-width: 0; }
 }
 """

@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from dmq_jax import config as config_lib
-from dmq_jax import denoisers, sample, train_classifier
+from dmq_jax import denoisers, sampling, train_classifier
 from dmq_jax.diffusion import samplers
 from dmq_jax.diffusion.schedule import Schedule, alphas_cumprod
 from dmq_jax.files.images import ImageSet, load_images, pad_images
@@ -129,7 +129,7 @@ def make_train_step(config: config_lib.TrainTeacherConfig, denoiser: denoisers.D
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
         loss, gradients = jax.value_and_grad(
             lambda params: diffusion_loss(
-                denoiser, params, sample.to_float(images[indices]), labels[indices], key,
+                denoiser, params, sampling.to_float(images[indices]), labels[indices], key,
                 label_dropout=config.label_dropout,
             )  # fmt: skip
         )(state.params)
@@ -200,10 +200,10 @@ def preview_grid(denoiser: denoisers.Denoiser) -> UInt8[np.ndarray, 'H W C']:
     """A picture of ten samples of each class (DDIM, 20 steps)."""
     classes = np.arange(denoiser.info.num_classes)
     labels = np.repeat(classes, 10)
-    images = sample.draw(
+    images = sampling.draw(
         denoiser, config_lib.SamplerConfig(), labels=labels, key=jax.random.key(0), batch_size=100
     )
-    return sample.image_grid(images, columns=10)
+    return sampling.image_grid(images, columns=10)
 
 
 def run(config: config_lib.TrainTeacherConfig, workdir: Path) -> None:

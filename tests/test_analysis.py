@@ -17,7 +17,7 @@ from dmq_jax.quant.plan import LayerSpec
 
 NETWORK = DDPMUNet(
     channels=(8,), in_channels=1, out_channels=1, layers_per_block=1, num_groups=4,
-    down_attention=(True,), up_attention=(True,), mid_attention=False, num_class_embeds=4,
+    down_attention=(True,), up_attention=(False,), mid_attention=False, num_class_embeds=4,
 )  # fmt: skip
 INFO = DenoiserInfo(
     schedule=Schedule(kind='linear', num_train_timesteps=50, beta_start=1e-3, beta_end=0.1),
@@ -31,17 +31,22 @@ TOLERANCE = 1e-5
 
 
 def make_teacher():
-    params = denoisers.init_params(NETWORK, INFO, jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    # Layers that start at zero would make every error zero.
-    noisy = [a + 0.2 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
-    return float_denoiser(NETWORK, jax.tree.unflatten(tree, noisy), INFO)
+    shapes = jax.eval_shape(
+        lambda key: denoisers.init_params(NETWORK, INFO, key), jax.random.key(0)
+    )
+    # Layers that start at zero, as after a true initialisation, would make every error zero.
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32), shapes
+    )
+    return float_denoiser(NETWORK, params, INFO)
 
 
 def make_student(teacher, **quant):
     layers = denoisers.quantizable(teacher)
-    plan = denoisers.make_plan(layers, QuantConfig(coverage='full', per_timestep=False, **quant))
+    options = {'coverage': 'full', 'per_timestep': False, 'weight_observer': 'minmax',
+               'activation_observer': 'minmax'}  # fmt: skip
+    plan = denoisers.make_plan(layers, QuantConfig(**(options | quant)))
     observed = {path: LayerSpec(weight=None, inputs=denoisers.OBSERVED) for path in plan}
     x = jax.random.normal(jax.random.key(2), (3, *INFO.image_shape))
     method = methods.make(RoundToNearestConfig(), plan)
@@ -74,8 +79,23 @@ def student(teacher):
 
 
 @pytest.fixture(scope='module')
-def result(teacher, student):
-    return measure(teacher, student)
+def counted(teacher, student):
+    """An analysis, and how often it traced a program."""
+    traces = []
+
+    def predict_mixed(*args):
+        traces.append(len(args))
+        return original(*args)
+
+    original = analysis.predict_mixed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analysis, 'predict_mixed', predict_mixed)
+        return measure(teacher, student), len(traces)
+
+
+@pytest.fixture(scope='module')
+def result(counted):
+    return counted[0]
 
 
 @pytest.mark.parametrize('is_on', [False, True])
@@ -124,7 +144,7 @@ def test_float_activations_leave_the_weights_to_blame(teacher):
     assert max(error['activations']) == 0 < min(error['weights'])
 
 
-def test_a_layer_alone_explains_a_student_that_quantizes_nothing_else(teacher, student):
+def test_a_layer_alone_explains_a_student_that_quantizes_nothing_else(teacher, student, result):
     path = 'conv_in'
     plan = tuple(item for item in student.predict.plan if item[0] == path)
     flat = traverse_util.flatten_dict(teacher.params, sep='/')
@@ -138,23 +158,12 @@ def test_a_layer_alone_explains_a_student_that_quantizes_nothing_else(teacher, s
             'tables': {path: student.params['tables'][path]},
         },
     )
-    whole = measure(teacher, student)['layers'][path]['sensitivity']
-    assert measure(teacher, alone)['layers'][path]['sensitivity'] == pytest.approx(
-        whole, rel=TOLERANCE
-    )
+    found, expected = (r['layers'][path] for r in (measure(teacher, alone), result))
+    assert found['sensitivity'] == pytest.approx(expected['sensitivity'], rel=TOLERANCE)
 
 
-def test_one_program_answers_every_question(teacher, student, monkeypatch):
-    traces = []
-    original = analysis.predict_mixed
-
-    def counted(*args):
-        traces.append(len(args))
-        return original(*args)
-
-    monkeypatch.setattr(analysis, 'predict_mixed', counted)
-    measure(teacher, student)
-    assert len(traces) == 1
+def test_one_program_answers_every_question(counted):
+    assert counted[1] == 1
 
 
 def test_an_error_is_relative_to_each_target():

@@ -2,16 +2,17 @@ import dataclasses
 import html.parser
 import json
 
+import jax
 import numpy as np
 import pytest
 
-from dmq_jax import calibrate, denoisers, export, report
+from dmq_jax import calibrate, denoisers, exporting, report
 from dmq_jax.config import Config, FinetuneConfig, QuantConfig, ReportConfig, StudentConfig, to_dict
 from dmq_jax.config import EfficientDMConfig as EfficientDM
 from dmq_jax.denoisers import DenoiserInfo
 from dmq_jax.diffusion.schedule import Schedule
 from dmq_jax.models.ddpm_unet import DDPMUNet
-from dmq_jax.quant.observers import TensorStats
+from dmq_jax.quant import observers
 from dmq_jax.quant.plan import QuantizableLayer
 from dmq_jax.quant.tensor import pack, scale_shape
 
@@ -63,7 +64,7 @@ def rows(teacher=1.0, plain=11.0, tuned=3.0):
 
 
 def known_layers():
-    empty = export.Exported(NETWORK, INFO, {}, 'nearest', TIMESTEPS, {}, {}, {})
+    empty = exporting.Exported(NETWORK, INFO, {}, 'nearest', TIMESTEPS, {}, {}, {})
     return report.quantizable_layers(empty)
 
 
@@ -84,9 +85,9 @@ def make_export(layers, student, rng):
         if spec.weight is not None:
             shape = layers[path].weight_shape
             scale = np.ones(scale_shape(shape, spec.weight), np.float32)
-            codes = rng.integers(-8, 8, shape)
+            codes = rng.integers(0, 8, shape)  # on every grid of 4 bits and more
             weights[path] = pack(codes, scale, 0 * scale, spec=spec.weight)
-    return export.Exported(NETWORK, INFO, plan, 'nearest', TIMESTEPS, weights, tables, {})
+    return exporting.Exported(NETWORK, INFO, plan, 'nearest', TIMESTEPS, weights, tables, {})
 
 
 def write_json(path, value):
@@ -114,7 +115,7 @@ def workdir(tmp_path_factory, layers):
     for name, student in CONFIG.students.items():
         path = folder / 'students' / name
         exported = make_export(layers, student, rng)
-        export.save(path / 'export', exported)
+        exporting.save(path / 'export', exported)
         write_json(path / 'export' / 'complete.json', {})
         errors = {part: [0.1, 0.2, 0.3] for part in ('student', 'weights', 'activations')}
         found = {
@@ -127,8 +128,8 @@ def workdir(tmp_path_factory, layers):
     (folder / 'students' / 'tuned' / 'finetune').mkdir()
     lines = '\n'.join(json.dumps({'step': s, 'loss': 1.0 / s}) for s in (1, 2, 4))
     (folder / 'students' / 'tuned' / 'finetune' / 'metrics.jsonl').write_text(lines + '\n')
-    one = TensorStats(np.full(3, -1.0), np.full(3, 2.0), rng.uniform(-1, 2, (3, 32)))
-    one = TensorStats(*(np.asarray(v, np.float32) for v in one))
+    seen = rng.uniform(-1, 2, (3, 64)).astype(np.float32)
+    one = jax.vmap(lambda x: observers.observe(x, 32))(seen)
     stats = {p: {r: one for r in t} for p, t in make_export(
         layers, CONFIG.students['tuned'], rng).tables.items()}  # fmt: skip
     (folder / 'calibration').mkdir()
@@ -235,6 +236,13 @@ def test_the_baseline_is_the_static_one():
     table['timed'] = row('timed', 2.0, 'round_to_nearest', per_timestep=True)
     assert report.find_baseline(table) == 'plain'
     assert report.find_best(table) == 'timed'
+
+
+def test_students_with_more_bits_are_not_compared_with_the_baseline():
+    table = rows()
+    table['wide'] = row('wide', 1.1, 'round_to_nearest', weight_bits=8, activation_bits=8)
+    assert report.find_baseline(table) == 'plain'
+    assert report.find_best(table) == 'tuned'
 
 
 def test_images_of_a_row_share_their_class():

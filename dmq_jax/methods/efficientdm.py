@@ -21,6 +21,7 @@ A learning rate of a scale is relative to the scale's first value, as eq. 8 does
 scales differ by orders of magnitude between layers.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -63,20 +64,30 @@ def make(config: EfficientDMConfig, plan: Plan) -> base.Method:
             'calibrated': {'weight': weights, 'input': inputs},
         }
 
+    # Repeated in the backward pass: cheaper than to keep three arrays as large as the weights.
+    @functools.partial(jax.checkpoint, static_argnums=4)
+    def updated(kernel, update, scale, zero_point, path):
+        return base.quantize_weight(
+            kernel + low_rank.delta(update), scale, zero_point, plan[path]
+        )
+
     def bind(params, state):
         calibrated = jax.lax.stop_gradient(state['calibrated'])
         weights = {}
         for path, start in calibrated['weight'].items():
             kernel = base.get_kernel(params, path)
             scale, zero_point = start['scale'], start['zero_point']
-            if path in state['lora']:
-                if config.base == 'dequantized':
-                    kernel = base.dequantize_weight(
-                        base.quantize_weight(kernel, scale, zero_point, plan[path])
-                    )
-                kernel = jax.lax.stop_gradient(kernel) + low_rank.delta(state['lora'][path])
-                scale = scale * jnp.maximum(state['weight'][path], _SMALLEST_SHARE)
-            weights[path] = base.quantize_weight(kernel, scale, zero_point, plan[path])
+            if path not in state['lora']:
+                weights[path] = base.quantize_weight(kernel, scale, zero_point, plan[path])
+                continue
+            if config.base == 'dequantized':
+                kernel = base.dequantize_weight(
+                    base.quantize_weight(kernel, scale, zero_point, plan[path])
+                )
+            scale = scale * jnp.maximum(state['weight'][path], _SMALLEST_SHARE)
+            weights[path] = updated(
+                jax.lax.stop_gradient(kernel), state['lora'][path], scale, zero_point, path
+            )
         tables = {
             path: {
                 role: _learnt(table, state['input'][path][role], plan[path].inputs.grid)

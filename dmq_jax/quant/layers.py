@@ -21,7 +21,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
 from dmq_jax.quant import numerics, observers, products
@@ -34,9 +33,6 @@ Rows = Mapping[str, Array]  # 'scale' and 'zero_point' of one tensor: [] or one 
 
 # Named, not imported: quant knows no network, and a user's own modules may use these names.
 _PRODUCTS = {'Product': 'product', 'Tap': 'tap'}
-
-# The name, for `jax.checkpoint` policies, of what every product returns in fake-quantized mode.
-PRODUCT = 'product'
 
 
 def layer_kind(module: nn.Module) -> str | None:
@@ -188,13 +184,8 @@ def quantizable_layers(
 
 
 @contextlib.contextmanager
-def _intercepted(
-    plan: Plan, action: Callable[..., Any], *, others: bool = False
-) -> Iterator[None]:
-    """Runs `action(module, kind, spec, args, proceed)` in place of every layer of `plan`.
-
-    With `others`, in place of quantizable layers outside it as well; their `spec` is None.
-    """
+def _intercepted(plan: Plan, action: Callable[..., Any]) -> Iterator[None]:
+    """Runs `action(module, kind, spec, args, proceed)` in place of every layer of `plan`."""
 
     def intercept(next_fun, args, kwargs, context):
         module = context.module
@@ -264,25 +255,19 @@ def fake_quantized(plan: Plan) -> contextlib.AbstractContextManager[None]:
     by path. Weights are the caller's: either `params` hold a kernel already rounded, or the
     collection holds `{path: {'weight': {'codes', 'scale', 'zero_point'}}}`, codes as floats with
     straight-through gradients; then the float kernel is not read, see `straight_through_layer`.
-
-    What a layer with a kernel returns, quantized or not, is named `PRODUCT`.
     """
 
     def action(module, kind, spec, args, proceed):
-        if spec is None:
-            y = proceed(*args)
-        elif kind in ('dense', 'conv') and module.has_variable('quant', 'weight'):
-            y = straight_through_layer(module, args[0], spec)
-        else:
-            if spec.inputs is not None:
-                args = [
-                    fake_quantize_input(x, module.get_variable('quant', role), spec.inputs)
-                    for role, x in zip(INPUT_ROLES[kind], args, strict=True)
-                ]
-            y = proceed(*args)
-        return y if kind == 'tap' else checkpoint_name(y, PRODUCT)
+        if kind in ('dense', 'conv') and module.has_variable('quant', 'weight'):
+            return straight_through_layer(module, args[0], spec)
+        if spec.inputs is not None:
+            args = [
+                fake_quantize_input(x, _entry(module, role), spec.inputs)
+                for role, x in zip(INPUT_ROLES[kind], args, strict=True)
+            ]
+        return proceed(*args)
 
-    return _intercepted(plan, action, others=True)
+    return _intercepted(plan, action)
 
 
 def straight_through_layer(
@@ -296,26 +281,33 @@ def straight_through_layer(
     Raises:
       NotImplementedError: see `integer_layer`.
     """
-    rows = module.get_variable('quant', 'input') if spec.inputs is not None else None
-    weight = module.get_variable('quant', 'weight')
-    shape = weight['codes'].shape
-    kernel = numerics.dequantize(
-        weight['codes'], expand(weight['scale'], shape), expand(weight['zero_point'], shape)
-    )
-    x_hat = (x if rows is None else fake_quantize_input(x, rows, spec.inputs)).astype(jnp.float32)
+    rows = _entry(module, 'input') if spec.inputs is not None else None
     geometry = None if isinstance(module, nn.Dense) else conv_geometry(module, x.shape)
-    if rows is None or not products.integers_are_faster():
-        value = products.product(x_hat, kernel, geometry)
-    else:
-        entry = _int8_weight(
-            jnp.moveaxis(weight['codes'], -1, 0).astype(jnp.int32),
-            weight['scale'], jnp.round(weight['zero_point']).astype(jnp.int32),
-            spec.weight, shape,
-        )  # fmt: skip
-        value = _accumulate(module, *jax.lax.stop_gradient((x, rows, entry)), spec)
-    y = products.with_float_gradients(geometry, x_hat, kernel, jax.lax.stop_gradient(value))
+
+    # A checkpoint for each layer: only `x` and the codes wait for the backward pass, and what is
+    # repeated there is repeated when this layer's turn comes, one layer at a time.
+    @jax.checkpoint
+    def multiply(x, rows, weight):
+        shape = weight['codes'].shape
+        kernel = numerics.dequantize(
+            weight['codes'], expand(weight['scale'], shape), expand(weight['zero_point'], shape)
+        )
+        x_hat = x if rows is None else fake_quantize_input(x, rows, spec.inputs)
+        if rows is None or 'gate' in rows or not products.integers_are_faster():
+            value = products.product(x_hat, kernel, geometry)
+        else:
+            entry = _int8_weight(
+                jnp.moveaxis(weight['codes'], -1, 0).astype(jnp.int32),
+                weight['scale'], jnp.round(weight['zero_point']).astype(jnp.int32),
+                spec.weight, shape,
+            )  # fmt: skip
+            value = _accumulate(module, *jax.lax.stop_gradient((x, rows, entry)), spec)
+        return products.with_float_gradients(geometry, x_hat, kernel, jax.lax.stop_gradient(value))
+
+    y = multiply(x.astype(jnp.float32), rows, dict(_entry(module, 'weight')))
     if module.use_bias:
-        y = y + _as_last(module.get_variable('params', 'bias'), y.ndim)
+        bias = module.get_variable('params', 'bias')
+        y = y + _as_last(bias.astype(jnp.float32), y.ndim)
     return y.astype(module.dtype or x.dtype)
 
 

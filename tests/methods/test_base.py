@@ -117,7 +117,9 @@ def test_a_weight_on_its_grid_stands_for_what_the_oracle_says():
     codes = base.quantize_weight(params['a']['b']['kernel'], scale, zero_point, spec)
     full_scale, full_zero = (np.repeat(np.asarray(a), 2, axis=0) for a in (scale, zero_point))
     kernel = np.asarray(params['a']['b']['kernel'])
-    np.testing.assert_array_equal(codes.codes, oracle.quantize(kernel, full_scale, full_zero, 0, 15))
+    np.testing.assert_array_equal(
+        codes.codes, oracle.quantize(kernel, full_scale, full_zero, 0, 15)
+    )
     want = oracle.fake_quantize(kernel, full_scale, full_zero, 0, 15)
     np.testing.assert_allclose(base.dequantize_weight(codes), want, rtol=EPS)
 

@@ -176,9 +176,7 @@ def test_a_missing_entry_names_the_layer(context):
 
 def test_statistics_are_those_of_the_inputs_themselves():
     with layers.observe_inputs(PLAN, 16):
-        out, collections = NETWORK.apply(
-            {'params': PARAMS}, X, jnp.int32(30), mutable=['stats']
-        )
+        out, collections = NETWORK.apply({'params': PARAMS}, X, jnp.int32(30), mutable=['stats'])
     np.testing.assert_array_equal(out, NETWORK.apply({'params': PARAMS}, X, jnp.int32(30)))
     stats = layers.collect_stats(PLAN, collections['stats'])
     assert {path: tuple(roles) for path, roles in stats.items()} == ROLES
@@ -518,9 +516,7 @@ def test_integer_dense_equals_int64(
     x = jnp.concatenate([x, x + 0.3, -x], axis=-1)  # K = 6
     rows = rows_for(spec.inputs, 3, per_sample=per_sample)
     weight, *parts = random_weight((6, 5), spec.weight)
-    got = run_integer(
-        nn.Dense(5, use_bias=False), spec, [x], {'input': rows}, weight=weight
-    )
+    got = run_integer(nn.Dense(5, use_bias=False), spec, [x], {'input': rows}, weight=weight)
     codes, scale = shifted_codes(x, rows, spec.inputs)
     np.testing.assert_array_equal(got, group_sums(oracle.dense, codes, *parts) * scale)
 
@@ -654,9 +650,7 @@ def test_an_integer_layer_keeps_the_dtype_of_its_network():
     rows = rows_for(INPUTS, 3, per_sample=False)
     bias = jnp.zeros(5, jnp.bfloat16)
     module = nn.Dense(5, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    got = run_integer(
-        module, spec, [X], {'input': rows}, weight=weight, params={'bias': bias}
-    )
+    got = run_integer(module, spec, [X], {'input': rows}, weight=weight, params={'bias': bias})
     assert got.dtype == jnp.bfloat16
 
 

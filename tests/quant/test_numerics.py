@@ -97,9 +97,7 @@ def test_fake_quantize_equals_the_float64_oracle(bits, symmetric, share):
     want = oracle.fake_quantize(x, np.float32(scale), zero_point, *grid)
     np.testing.assert_allclose(got, want, rtol=ROUNDING, atol=0)
     codes = numerics.quantize(jnp.asarray(x), jnp.float32(scale), jnp.float32(zero_point), *grid)
-    np.testing.assert_array_equal(
-        codes, oracle.quantize(x, np.float32(scale), zero_point, *grid)
-    )
+    np.testing.assert_array_equal(codes, oracle.quantize(x, np.float32(scale), zero_point, *grid))
     assert codes.min() == grid[0] and codes.max() == grid[1]
 
 

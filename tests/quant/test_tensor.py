@@ -78,9 +78,7 @@ def test_a_conv_kernel_is_packed_tap_by_tap():
 
 
 def test_an_odd_row_is_padded_with_zero_codes():
-    tensor = pack(
-        np.array([[5], [6], [7]]), np.ones((1, 1)), np.zeros((1, 1)), spec=spec_of(4)
-    )
+    tensor = pack(np.array([[5], [6], [7]]), np.ones((1, 1)), np.zeros((1, 1)), spec=spec_of(4))
     np.testing.assert_array_equal(tensor.packed, [[0x75, 0x06]])
 
 

@@ -1,0 +1,27 @@
+"""What each part of EfficientDM brings at W4A4, at 600 iterations each.
+
+    python -m dmq_jax.main --config=configs/fashion_mnist_w4a4_ablation.py --workdir=runs/ablation
+"""
+
+from dmq_jax.config import base, student
+
+
+def get_config():
+    """Options of the run; all defaults are in `dmq_jax.config`."""
+    static = {'per_timestep': False}
+    plain = {'name': 'efficientdm', 'scale_aware': False}
+    finetune = {'num_iterations': 600}
+    config = base()
+    config.students = {
+        'rtn': student(quant=static),
+        'low_rank': student(plain, quant=static, finetune=finetune),
+        'scale_aware': student('efficientdm', quant=static, finetune=finetune),
+        'per_timestep': student('efficientdm', finetune=finetune),
+        'on_dequantized': student(
+            {'name': 'efficientdm', 'base': 'dequantized'}, finetune=finetune
+        ),
+        'one_trajectory': student(
+            'efficientdm', finetune=finetune | {'positions': 'trajectory'}
+        ),
+    }
+    return config
