@@ -4,6 +4,7 @@
 `dmq_jax.api`. They are imported on first use, so that `import dmq_jax` stays light.
 """
 
+import importlib
 from typing import Any
 
 _API = ('Denoiser', 'Exported', 'export', 'load', 'load_teacher', 'quantize', 'sample')
@@ -14,6 +15,4 @@ __version__ = '0.1.0'
 def __getattr__(name: str) -> Any:
     if name not in _API:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from dmq_jax import api
-
-    return getattr(api, name)
+    return getattr(importlib.import_module('dmq_jax.api'), name)

@@ -1,5 +1,7 @@
 """The pipeline's functions, one line each in a notebook.
 
+For example:
+
     import dmq_jax
     teacher = dmq_jax.load_teacher('fashion_mnist')
     model = dmq_jax.quantize(teacher, 'efficientdm', weight_bits=4, activation_bits=4)
@@ -15,11 +17,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 from jaxtyping import Int, UInt8
 
-from dmq_jax import calibrate, denoisers, finetune, methods
+from dmq_jax import artefacts, calibrate, denoisers, exporting, finetune, methods, sampling
 from dmq_jax import config as config_lib
-from dmq_jax import exporting, sampling
 from dmq_jax.denoisers import Denoiser, load_teacher
 from dmq_jax.exporting import Exported, load
 from dmq_jax.runtime import mesh
@@ -47,7 +49,7 @@ def quantize(
       num_iterations: optimizer steps; None is 0 for round to nearest, 300 for a method that learns.
       seed: root of every random number.
       workdir: keeps the checkpoints of the fine-tuning, from which an interrupted call goes on;
-        None uses a temporary folder.
+        a folder for this call alone. None uses a temporary one.
       method_options: fields of the method's config, such as `lora_rank`.
       calibrate_options: fields of `config.CalibrateConfig`.
       finetune_options: fields of `config.FinetuneConfig`.
@@ -58,7 +60,8 @@ def quantize(
       The quantized network; `sample`, `export` and `exporting.denoiser` take it.
 
     Raises:
-      ValueError: an unknown option or an impossible value; the text says which.
+      ValueError: an unknown option or an impossible value, or a `workdir` of other options; the
+        text says which.
     """
     if num_iterations is None:
         num_iterations = 0 if method == 'round_to_nearest' else 300
@@ -84,10 +87,17 @@ def quantize(
     lookup = student.quant.timestep_lookup
     if num_iterations:
         with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(workdir or temporary)
+            start = traverse_util.flatten_dict(jax.device_get(state), sep='/')
+            # The start stands for the teacher and the calibration as well.
+            artefacts.claim(
+                folder,
+                {'student': config_lib.to_dict(student), 'start': artefacts.digest(start),
+                 'seed': seed},
+            )  # fmt: skip
             result = finetune.run(
                 teacher, learner, state, plan, calibration.timesteps, lookup, student.finetune,
-                key=finetune_key, workdir=Path(workdir or temporary), device_mesh=device_mesh,
-                description=method,
+                key=finetune_key, workdir=folder, device_mesh=device_mesh, description=method,
             )  # fmt: skip
         state = result.state
     bound = jax.jit(learner.bind)(teacher.params, state)
@@ -119,6 +129,8 @@ def sample(
     Raises:
       ValueError: an unknown option, or labels that are not one per image.
     """
+    if num_images < 1 or batch_size < 1:
+        raise ValueError(f'num_images={num_images}, batch_size={batch_size}: expected at least 1.')
     denoiser = exporting.denoiser(model, mode) if isinstance(model, Exported) else model
     config = config_lib.from_config_dict(sampler_options, config_lib.SamplerConfig)
     if labels is None:

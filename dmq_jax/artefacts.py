@@ -4,15 +4,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from dmq_jax.runtime import log
 
 T = TypeVar('T')
 
 _MARK = 'complete.json'
+_CLAIM = 'options.json'
 
 
 def artefact(
@@ -29,14 +32,9 @@ def artefact(
     Raises:
       ValueError: the folder was made with other options; says which.
     """
-    options = json.loads(json.dumps(options, sort_keys=True, default=str))
+    options = _plain(options)
     if is_complete(path):
-        made_with = json.loads((path / _MARK).read_text())
-        if made_with != options:
-            raise ValueError(
-                f'{path} was made with other options: {_difference(made_with, options)}. Use '
-                f'another --workdir, or delete that folder and what was made from it.'
-            )
+        _check(path, json.loads((path / _MARK).read_text()), options)
         return load(path)
     # Made beside its final name and renamed when complete: a kill leaves no half artefact.
     partial = path.with_name(path.name + '.partial')
@@ -49,6 +47,26 @@ def artefact(
     return load(path)
 
 
+def claim(path: Path, options: Any) -> None:
+    """Ties a folder that fills up over time, such as one of checkpoints, to its options.
+
+    Call it before anything in the folder is read or written.
+
+    Args:
+      path: the folder, made if absent.
+      options: JSON values on which its content depends; kept in it.
+
+    Raises:
+      ValueError: the folder was begun with other options; says which.
+    """
+    options = _plain(options)
+    mark = path / _CLAIM
+    if mark.is_file():
+        _check(path, json.loads(mark.read_text()), options)
+    else:
+        log.write_json(mark, options)
+
+
 def is_complete(path: Path) -> bool:
     """Whether the artefact is there, whole."""
     return (path / _MARK).is_file()
@@ -59,11 +77,39 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256((path / _MARK).read_bytes()).hexdigest()[:16]
 
 
+def digest(arrays: Mapping[str, Any], settings: Any = None) -> str:
+    """Sixteen hex digits that name the content of some arrays and their settings.
+
+    Args:
+      arrays: by name.
+      settings: JSON values.
+    """
+    result = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        result.update(f'{name} {array.dtype} {array.shape}'.encode())
+        result.update(array.data)
+    return result.hexdigest()[:16]
+
+
+def _plain(options: Any) -> Any:
+    """`options` as they come back from a JSON file."""
+    return json.loads(json.dumps(options, sort_keys=True, default=str))
+
+
+def _check(path: Path, made_with: Any, options: Any) -> None:
+    if made_with != options:
+        raise ValueError(
+            f'{path} was made with other options: {_difference(made_with, options)}. Use '
+            f'another --workdir, or delete that folder and what was made from it.'
+        )
+
+
 def _difference(old: Any, new: Any, where: str = '') -> str:
     """The first place where two JSON values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
-            if old.get(name) != new.get(name):
-                inner = f'{where}.{name}' if where else name
-                return _difference(old.get(name), new.get(name), inner)
+            values = [side.get(name, 'absent') for side in (old, new)]
+            if values[0] != values[1]:
+                return _difference(*values, f'{where}.{name}' if where else name)
     return f'{where} was {old!r}, now {new!r}'

@@ -58,8 +58,11 @@ def run(
     sampler = denoisers.make_denoiser_sampler(teacher.info, config.sampler)
     observe = jax.jit(
         functools.partial(
-            observe_batch, teacher._replace(params=None), tuple(plan.items()),
-            config.values_per_tensor, config.sampler.guidance_scale,
+            observe_batch,
+            teacher._replace(params=None),
+            tuple(plan.items()),
+            config.values_per_tensor,
+            config.sampler.guidance_scale,
         )  # fmt: skip
     )
     batch_size = min(config.batch_size, config.num_images)

@@ -183,13 +183,16 @@ class EfficientDMConfig:
     zero_point_learning_rate: float = 2e-2  # Adam, in integer steps
     base: Literal['float', 'dequantized'] = 'float'  # weights the low-rank update is added to
     scale_aware: bool = True  # update rate proportional to each layer's weight scale
-    loss: Literal['output', 'feature'] = 'output'  # compare predicted eps, or inner features
+    # 'output': compare predictions; 'feature': also what the modules `feature_layers` put out
+    loss: Literal['output', 'feature'] = 'output'
+    feature_layers: str = r'.*/(block|attention)_\d+'  # regular expression over module paths
+    feature_weight: float = 0.1  # of the features' relative error, beside the output's
 
     def __post_init__(self):
         _check_choices(self)
         _check_at_least(self, 1, 'lora_rank')
         rates = 'lora_rate_per_scale', 'weight_scale_learning_rate', 'input_scale_learning_rate'
-        _check_at_least(self, 0, *rates, 'zero_point_learning_rate')
+        _check_at_least(self, 0, *rates, 'zero_point_learning_rate', 'feature_weight')
 
 
 MethodConfig = RoundToNearestConfig | EfficientDMConfig  # chosen by the field `name`

@@ -8,6 +8,7 @@ a constant baked into it.
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,10 +109,47 @@ def guided(predict: Predict, info: DenoiserInfo, guidance_scale: float) -> Predi
         null = jnp.full_like(y, info.num_classes)
         times = t if jnp.ndim(t) == 0 else jnp.concatenate([t, t])
         both = predict(params, jnp.concatenate([x, x]), times, jnp.concatenate([null, y]))
+        # A capturing network returns its features too: those of both halves, as they are.
+        both, *features = both if isinstance(both, tuple) else (both,)
         unconditional, conditional = jnp.split(both, 2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        prediction = unconditional + guidance_scale * (conditional - unconditional)
+        return (prediction, *features) if features else prediction
 
     return predict_guided
+
+
+@dataclasses.dataclass(frozen=True)
+class Capturing:
+    """A network whose `apply` returns `(prediction, features)`.
+
+    Attributes:
+      network: a Flax module.
+      pattern: regular expression; the outputs of all modules whose whole path matches are the
+        features, by path.
+    """
+
+    network: Any
+    pattern: str
+
+    def apply(self, variables: PyTree, *inputs: Any) -> tuple[Array, dict[str, Array]]:
+        """As the network's.
+
+        Raises:
+          ValueError: the pattern matches no module.
+        """
+        prediction, state = self.network.apply(
+            variables, *inputs, mutable=['intermediates'],
+            capture_intermediates=lambda module, method: (
+                method == '__call__'
+                and re.fullmatch(self.pattern, '/'.join(module.path)) is not None
+            ),
+        )  # fmt: skip
+        found = traverse_util.flatten_dict(state.get('intermediates', {}), sep='/')
+        if not found:
+            raise ValueError(f'feature_layers={self.pattern!r} matches no module of the network.')
+        return prediction, {
+            path.removesuffix('/__call__'): outputs[0] for path, outputs in found.items()
+        }
 
 
 def make_denoiser_sampler(info: DenoiserInfo, config: Any) -> Sampler:

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from dmq_jax.config import EvaluateConfig
-from dmq_jax.denoisers import ASSETS
+from dmq_jax.denoisers import ASSETS, DenoiserInfo
 from dmq_jax.metrics import classifier, frechet, neighbours, similarity
 
 
@@ -28,6 +28,7 @@ class Reference(NamedTuple):
     name: str
 
 
+NEIGHBOURS = 3  # k of precision and recall (arXiv:1904.06991)
 _NAMES = {'fashion_mnist': 'FD-FMNIST'}
 
 
@@ -49,6 +50,35 @@ def load_reference(config: EvaluateConfig) -> Reference:
     return Reference(network, statistics, _NAMES.get(config.reference, 'FD'))
 
 
+def check(reference: Reference, info: DenoiserInfo, num_images: int) -> None:
+    """Refuses, before anything is drawn, images that `run` could not measure.
+
+    Args:
+      reference: from `load_reference`.
+      info: of the denoiser that will draw them.
+      num_images: how many it will draw.
+
+    Raises:
+      ValueError: other channels or classes than the feature network's, or too few images.
+    """
+    channels = reference.network.params['stem']['kernel'].shape[2]
+    if info.image_shape[2] != channels:
+        raise ValueError(
+            f'the teacher draws images of {info.image_shape[2]} channels, the feature network of '
+            f'config.evaluate expects {channels}: name the one of this data set.'
+        )
+    classes = reference.network.model.num_classes
+    if info.num_classes not in (None, classes):
+        raise ValueError(
+            f'the teacher has {info.num_classes} classes, the feature network of config.evaluate '
+            f'{classes}: name the one of this data set.'
+        )
+    if num_images <= NEIGHBOURS:
+        raise ValueError(
+            f'sample.num_images={num_images}: precision and recall need more than {NEIGHBOURS}.'
+        )
+
+
 def run(
     images: UInt8[np.ndarray, 'N H W C'],
     labels: Int[np.ndarray, 'N'] | None,
@@ -64,12 +94,15 @@ def run(
       teacher_images: the teacher's, from the same noise and classes.
 
     Returns:
-      `fd`, `precision`, `recall` (k = 3); `class_accuracy`, the share of images recognised as
-      their class; `psnr_to_teacher` (dB, mean over images) and `ssim_to_teacher`.
+      `fd`, `precision`, `recall`; `class_accuracy`, the share of images recognised as their class;
+      `psnr_to_teacher` (dB, mean over images) and `ssim_to_teacher`. None where the labels or the
+      teacher's images are, and for the SSIM of images smaller than its window.
     """
     features, probabilities = classifier.extract(reference.network, images)
     gaussian = frechet.gaussian_statistics(features)
-    precision_recall = neighbours.precision_recall(features, reference.statistics.features)
+    precision_recall = neighbours.precision_recall(
+        features, reference.statistics.features, k=NEIGHBOURS
+    )
     result: dict[str, float | None] = {
         'fd': frechet.frechet_distance(gaussian, reference.statistics.statistics),
         'precision': float(precision_recall.precision),
@@ -81,7 +114,9 @@ def run(
     if labels is not None:
         result['class_accuracy'] = float(np.mean(probabilities.argmax(axis=-1) == labels))
     if teacher_images is not None:
-        compared = similarity.compare_images(images, teacher_images)
-        result['psnr_to_teacher'] = float(compared.psnr.mean())
-        result['ssim_to_teacher'] = float(compared.ssim.mean())
+        psnr = similarity.compute_psnr(images, teacher_images)
+        result['psnr_to_teacher'] = float(psnr.mean())
+        if min(images.shape[1:3]) >= similarity.WINDOW_SIZE:
+            ssim = similarity.compute_ssim(images, teacher_images)
+            result['ssim_to_teacher'] = float(ssim.mean())
     return result

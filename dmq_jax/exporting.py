@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
 from dmq_jax import denoisers
+from dmq_jax.files.safetensors import open_safetensors
 from dmq_jax.methods.base import Bound, Tables
 from dmq_jax.quant.layers import integer_weight
 from dmq_jax.quant.plan import LayerSpec
@@ -66,7 +67,9 @@ def make(
         for path, weight in bound.weights.items()
     }
     flat = traverse_util.flatten_dict(jax.device_get(teacher.params), sep='/')
-    kept = {name: leaf for name, leaf in flat.items() if name.removesuffix('/kernel') not in weights}
+    kept = {
+        name: leaf for name, leaf in flat.items() if name.removesuffix('/kernel') not in weights
+    }
     tables = {
         path: {
             role: {
@@ -164,6 +167,7 @@ def save(path: str | os.PathLike, exported: Exported, facts: dict[str, Any] | No
         'lookup': exported.lookup,
         'plan': {p: dataclasses.asdict(spec) for p, spec in exported.plan.items()},
         'shapes': {p: list(w.shape) for p, w in exported.weights.items()},
+        'tensors': {name: list(a.shape) for name, a in tensors.items()},
         'packing': 'split along the contraction axis: kernels/packing.py',
         'size_bytes': size_bytes(exported),
         'revision': log.git_revision(),
@@ -194,16 +198,22 @@ def load(path: str | os.PathLike) -> Exported:
 
     Raises:
       FileNotFoundError: no export there.
-      ValueError: another format, or a tensor that the manifest names is missing.
+      ValueError: another format, a file that is cut off, or other tensors than the manifest names.
     """
-    from safetensors.numpy import load_file
-
     path = Path(path)
     manifest = read_manifest(path)
     if (path / 'model.safetensors').is_file():
-        tensors = load_file(path / 'model.safetensors')
+        tensors = dict(open_safetensors(path / 'model.safetensors'))
     else:
         tensors = traverse_util.flatten_dict(checkpoint.load_tree(path / 'orbax'), sep='/')
+    shapes = {name: list(a.shape) for name, a in tensors.items()}
+    for name in sorted(shapes.keys() | manifest['tensors'].keys()):
+        found, expected = shapes.get(name), manifest['tensors'].get(name)
+        if found != expected:
+            raise ValueError(
+                f'{path}: tensor {name!r} has shape {found}, the manifest says {expected} (None: '
+                f'no such tensor); the export is damaged, make it again.'
+            )
     plan = {p: _layer_spec(spec) for p, spec in manifest['plan'].items()}
     weights, tables, params = {}, {}, {}
     for name, tensor in tensors.items():
@@ -214,10 +224,7 @@ def load(path: str | os.PathLike) -> Exported:
             layer, role, field = rest.rsplit('/', 2)
             tables.setdefault(layer, {}).setdefault(role, {})[field] = tensor
     for layer, shape in manifest['shapes'].items():
-        try:
-            packed, scale = (tensors[f'weights/{layer}/{f}'] for f in ('packed', 'scale'))
-        except KeyError as error:
-            raise ValueError(f'{path}: tensor {error} is missing; the export is damaged.') from None
+        packed, scale = (tensors[f'weights/{layer}/{f}'] for f in ('packed', 'scale'))
         zero_point = tensors.get(f'weights/{layer}/zero_point', np.zeros(scale.shape, np.uint8))
         weights[layer] = QuantizedTensor(
             packed, scale, zero_point.astype(np.int32), plan[layer].weight, tuple(shape)

@@ -4,6 +4,7 @@ One short function per stage, in order. Stages meet only here, through artefacts
 workdir that are complete or absent, so a run killed at any moment goes on where it was.
 """
 
+import dataclasses
 import json
 import time
 from collections.abc import Sequence
@@ -12,12 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from dmq_jax import (
     analysis,
     artefacts,
     calibrate,
-    config as config_lib,
     denoisers,
     evaluate,
     exporting,
@@ -26,6 +27,7 @@ from dmq_jax import (
     report,
     sampling,
 )
+from dmq_jax import config as config_lib
 from dmq_jax.config import Config, StudentConfig
 from dmq_jax.quant import plan as plan_lib
 from dmq_jax.runtime import log, mesh
@@ -44,6 +46,7 @@ class Run(NamedTuple):
     layers: dict[str, plan_lib.QuantizableLayer]
     plans: dict[str, dict[str, plan_lib.LayerSpec]]
     device_mesh: mesh.Mesh
+    teacher_id: str
 
     def key(self, stage: str) -> jax.Array:
         """The root key of a stage."""
@@ -59,7 +62,7 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = STAGES) -> None:
       stages: some of `STAGES`; one whose input is not there makes that first.
     """
     reference = evaluate.load_reference(config.evaluate)  # first: fails in a second, not in a day
-    context = open_run(config, workdir)
+    context = open_run(config, workdir, reference)
     log.write_json(
         workdir / 'config.json',
         {'config': config_lib.to_dict(config), 'versions': log.versions(),
@@ -68,7 +71,7 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = STAGES) -> None:
     if 'calibrate' in stages and config.students:
         calibration(context)
     for name in config.students:
-        if 'finetune' in stages:
+        if 'finetune' in stages and config.students[name].finetune.num_iterations:
             learn(context, name)
         if 'export' in stages:
             exported(context, name)
@@ -85,7 +88,7 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = STAGES) -> None:
         print(f'report: {workdir / "report.html"}')
 
 
-def open_run(config: Config, workdir: Path) -> Run:
+def open_run(config: Config, workdir: Path, reference: evaluate.Reference) -> Run:
     """Loads the teacher and resolves every plan; all that can fail cheaply fails here."""
     device_mesh = mesh.make_mesh(config.mesh.data)
     for name, student in config.students.items():
@@ -95,17 +98,33 @@ def open_run(config: Config, workdir: Path) -> Run:
                 name=f'students.{name}.finetune.batch_size',
             )  # fmt: skip
     mesh.check_batch_size(device_mesh, config.sample.batch_size, name='sample.batch_size')
+    if config.students:
+        mesh.check_batch_size(
+            device_mesh, min(config.calibrate.batch_size, config.calibrate.num_images),
+            name='calibrate.batch_size',
+        )  # fmt: skip
     teacher = denoisers.load_teacher(config.teacher.path)
+    evaluate.check(reference, teacher.info, config.sample.num_images)
     layers = denoisers.quantizable(teacher)
     plans = {n: denoisers.make_plan(layers, s.quant) for n, s in config.students.items()}
-    denoisers.guided(teacher.predict, teacher.info, config.sampler.guidance_scale)
-    return Run(config, workdir, teacher, layers, plans, device_mesh)
+    finetunes = [s.finetune for s in config.students.values() if s.finetune.num_iterations]
+    for sampler in (config.sampler, config.calibrate.sampler, *(f.sampler for f in finetunes)):
+        denoisers.make_denoiser_sampler(teacher.info, sampler)
+        denoisers.guided(teacher.predict, teacher.info, sampler.guidance_scale)
+    return Run(config, workdir, teacher, layers, plans, device_mesh, teacher_id(teacher))
+
+
+def teacher_id(teacher: denoisers.Denoiser) -> str:
+    """Names a teacher by what it is rather than by its path, behind which files may change."""
+    return artefacts.digest(
+        traverse_util.flatten_dict(jax.device_get(teacher.params), sep='/'),
+        [denoisers.network_settings(teacher.network), dataclasses.asdict(teacher.info)],
+    )
 
 
 def dry_run(config: Config) -> None:
     """Prints what every student would quantize, and stops."""
-    evaluate.load_reference(config.evaluate)
-    context = open_run(config, Path('.'))
+    context = open_run(config, Path('.'), evaluate.load_reference(config.evaluate))
     for name, plan in context.plans.items():
         print(f'\n{name}: {config.students[name].method.name}, '
               f'coverage {config.students[name].quant.coverage}')  # fmt: skip
@@ -129,7 +148,7 @@ def calibration(context: Run) -> calibrate.Calibration:
 
     return artefacts.artefact(
         context.workdir / 'calibration',
-        {'calibrate': config_lib.to_dict(config), 'teacher': context.config.teacher.path,
+        {'calibrate': config_lib.to_dict(config), 'teacher': context.teacher_id,
          'seed': context.config.seed},
         make,
         lambda path: calibrate.load(path / 'stats.npz'),
@@ -148,33 +167,38 @@ def learn(context: Run, name: str) -> tuple[methods.Method, dict[str, Any], floa
     method = methods.make(student.method, context.plans[name])
     # The same key for all: students that differ in one option start from the same numbers.
     key = context.key('finetune')
-    start = jax.jit(method.init)(context.teacher.params, stats.stats, key)
-    folder = student_folder(context, name)
+    inputs = context.teacher.params, stats.stats, key
     if student.finetune.num_iterations == 0:
-        return method, start, 0.0
+        return method, jax.jit(method.init)(*inputs), 0.0
+    folder, options = student_folder(context, name), student_options(context, student)
 
     def make(path: Path) -> None:
+        # Checkpoints outlive the artefact they lead to, and so need a mark of their own.
+        artefacts.claim(folder / 'finetune', options)
         result = finetune.run(
-            context.teacher, method, start, context.plans[name], stats.timesteps,
-            student.quant.timestep_lookup, student.finetune,
+            context.teacher, method, jax.jit(method.init)(*inputs), context.plans[name],
+            stats.timesteps, student.quant.timestep_lookup, student.finetune,
             key=jax.random.fold_in(key, 1), workdir=folder / 'finetune',
             device_mesh=context.device_mesh, description=f'finetune {name}',
         )  # fmt: skip
         finetune.save(path / 'state.safetensors', result)
 
     result = artefacts.artefact(
-        folder / 'state',
-        student_options(context, student),
-        make,
-        lambda path: finetune.load(path / 'state.safetensors', start),
-    )
+        folder / 'state', options, make,
+        lambda path: finetune.load(
+            path / 'state.safetensors', jax.eval_shape(method.init, *inputs)
+        ),
+    )  # fmt: skip
     return method, result.state, result.duration_s
 
 
 def student_options(context: Run, student: StudentConfig) -> dict[str, Any]:
     """Everything the student depends on."""
+    options = config_lib.to_dict(student)
+    for name in ('checkpoint_every', 'log_every', 'max_to_keep'):
+        del options['finetune'][name]
     return {
-        'student': config_lib.to_dict(student),
+        'student': options,
         'calibration': artefacts.fingerprint(context.workdir / 'calibration'),
     }
 
@@ -201,12 +225,12 @@ def exported(context: Run, name: str) -> exporting.Exported:
 
 
 def samples(context: Run, name: str) -> dict[str, np.ndarray]:
-    """The images of the teacher or of a student: `images`, `labels`, `seconds`, `peak_images`."""
+    """The images of the teacher or of a student, as `draw` returns them."""
     config = context.config
     options = {'sampler': config_lib.to_dict(config.sampler), 'seed': config.seed,
                'num_images': config.sample.num_images}  # fmt: skip
     if name == TEACHER:
-        options['teacher'] = config.teacher.path
+        options['teacher'] = context.teacher_id
     else:
         exported(context, name)
         options |= {'mode': config.sample.mode}
@@ -221,12 +245,18 @@ def samples(context: Run, name: str) -> dict[str, np.ndarray]:
 
     return artefacts.artefact(
         context.workdir / 'samples' / name, options, make,
-        lambda path: dict(np.load(path / 'images.npz')),
+        lambda path: read_arrays(path / 'images.npz'),
     )  # fmt: skip
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Everything in an `.npz`."""
+    with np.load(path) as arrays:
+        return dict(arrays)
+
+
 def draw(context: Run, denoiser: denoisers.Denoiser, description: str) -> dict[str, np.ndarray]:
-    """All images of a run, with the rate after the first, compiling batch."""
+    """`arr_0`, all images; their `labels`; `images_per_second` after the first, compiling batch."""
     config = context.config
     labels = sampling.balanced_labels(config.sample.num_images, denoiser.info.num_classes)
     batches = sampling.batches(

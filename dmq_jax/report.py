@@ -81,7 +81,7 @@ class Artefacts(NamedTuple):
 
 
 def run(workdir: Path, config: ReportConfig) -> None:
-    """Writes `report.html` into `workdir` from what the other stages left there.
+    """Writes `report.html` into `workdir` from what the other stages left there; process 0 alone.
 
     Args:
       workdir: of the run.
@@ -90,6 +90,8 @@ def run(workdir: Path, config: ReportConfig) -> None:
     Raises:
       ValueError: `config.layers` names a layer without quantized inputs.
     """
+    if jax.process_index() != 0:
+        return
     found = read(workdir)
     sections = [
         ('Images', images_section(found, config)),

@@ -9,6 +9,7 @@ Interrupted at any moment and started again, it goes on from the last checkpoint
 
 import dataclasses
 import functools
+import os
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,8 +20,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
+from dmq_jax import artefacts, denoisers, sampling, train_classifier
 from dmq_jax import config as config_lib
-from dmq_jax import denoisers, sampling, train_classifier
 from dmq_jax.diffusion import samplers
 from dmq_jax.diffusion.schedule import Schedule, alphas_cumprod
 from dmq_jax.files.images import ImageSet, load_images, pad_images
@@ -129,7 +130,11 @@ def make_train_step(config: config_lib.TrainTeacherConfig, denoiser: denoisers.D
         key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
         loss, gradients = jax.value_and_grad(
             lambda params: diffusion_loss(
-                denoiser, params, sampling.to_float(images[indices]), labels[indices], key,
+                denoiser,
+                params,
+                sampling.to_float(images[indices]),
+                labels[indices],
+                key,
                 label_dropout=config.label_dropout,
             )  # fmt: skip
         )(state.params)
@@ -165,8 +170,7 @@ def train(config: config_lib.TrainTeacherConfig, dataset: ImageSet, workdir: Pat
     state = mesh.replicate(device_mesh, state)
     images, labels = mesh.replicate(device_mesh, (dataset.images, dataset.labels.astype(np.int32)))
     train_step = make_train_step(config, denoiser)
-    writer = log.make_writer(workdir)
-    with Checkpoints(workdir / 'checkpoints') as checkpoints:
+    with Checkpoints(workdir / 'checkpoints') as checkpoints, log.make_writer(workdir) as writer:
         if (latest := checkpoints.latest()) is not None:
             state = checkpoints.restore(latest, like=state)
         begin = int(state.step)
@@ -178,7 +182,9 @@ def train(config: config_lib.TrainTeacherConfig, dataset: ImageSet, workdir: Pat
             state, loss = train_step(state, images, labels, mesh.shard_batch(device_mesh, indices))
             losses.append(loss)
             done = step + 1
-            if done % config.log_every == 0 or done == config.num_iterations:
+            saves = done % config.checkpoint_every == 0 or done == config.num_iterations
+            # Also at every checkpoint: none may hold weights that are not finite.
+            if done % config.log_every == 0 or saves:
                 mean = float(np.mean([float(x) for x in losses]))
                 if not np.isfinite(mean):
                     raise FloatingPointError(f'loss is {mean} at step {done}; lower learning_rate.')
@@ -189,10 +195,8 @@ def train(config: config_lib.TrainTeacherConfig, dataset: ImageSet, workdir: Pat
             if done % config.preview_every == 0 or done == config.num_iterations:
                 preview = denoiser._replace(params=state.average)
                 writer.write_images(done, {'samples': preview_grid(preview)})
-            if done % config.checkpoint_every == 0 or done == config.num_iterations:
+            if saves:
                 checkpoints.save(done, state)
-        checkpoints.wait()
-    writer.close()
     return denoiser._replace(params=state.average)
 
 
@@ -201,7 +205,11 @@ def preview_grid(denoiser: denoisers.Denoiser) -> UInt8[np.ndarray, 'H W C']:
     classes = np.arange(denoiser.info.num_classes)
     labels = np.repeat(classes, 10)
     images = sampling.draw(
-        denoiser, config_lib.SamplerConfig(), labels=labels, key=jax.random.key(0), batch_size=100
+        denoiser,
+        config_lib.SamplerConfig(),
+        labels=labels,
+        key=jax.random.key(0),
+        batch_size=min(100, len(labels)),
     )
     return sampling.image_grid(images, columns=10)
 
@@ -212,6 +220,12 @@ def run(config: config_lib.TrainTeacherConfig, workdir: Path) -> None:
     test = load_dataset(config.dataset, 'test')
     log.write_json(workdir / 'config.json', config_lib.to_dict(config))
 
+    # Checkpoints belong to these options; how often something is written may change.
+    options = config_lib.to_dict(config)
+    for name in ('log_every', 'checkpoint_every', 'preview_every', 'mesh'):
+        del options[name]
+    artefacts.claim(workdir, options)
+
     network_file = workdir / f'{config.name}_classifier.safetensors'
     if not network_file.is_file():
         trained = train_classifier.run(
@@ -220,7 +234,10 @@ def run(config: config_lib.TrainTeacherConfig, workdir: Path) -> None:
             num_classes=config.dataset.num_classes, seed=config.seed,
             **dataclasses.asdict(config.classifier),
         )  # fmt: skip
-        classifier_lib.save_classifier(network_file, trained.network)
+        # Renamed when complete: a kill must not leave half a file to be found.
+        partial = network_file.with_suffix('.partial')
+        classifier_lib.save_classifier(partial, trained.network)
+        os.replace(partial, network_file)
         print(f'classifier: test accuracy {trained.test_accuracy:.2%}')
     network = classifier_lib.load_classifier(network_file)
     reference = classifier_lib.make_reference(network, dataset.images)

@@ -33,10 +33,11 @@ ALLOWED = {
     'analysis': {'denoisers'} | LIBRARIES,
     'pipeline': {'denoisers', 'artefacts', 'analysis'} | STAGES | LIBRARIES,
     'command_line': set(),
-    'api': {'denoisers', 'kernels'} | STAGES | LIBRARIES,
+    'api': {'artefacts', 'denoisers', 'kernels'} | STAGES | LIBRARIES,
     'main': {'pipeline', 'command_line'},
     # Commands of their own, beside the pipeline.
-    'train_teacher': {'command_line', 'denoisers', 'sampling', 'train_classifier'} | LIBRARIES,
+    'train_teacher': {'artefacts', 'command_line', 'denoisers', 'sampling', 'train_classifier'}
+    | LIBRARIES,
     'train_classifier': LIBRARIES,
     'bench': {'command_line', 'denoisers', 'kernels'} | STAGES | LIBRARIES,
 }

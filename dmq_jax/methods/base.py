@@ -6,7 +6,7 @@ A method is made once, for a plan and a list of timesteps, and is then four pure
   optimizer's groups, its leaves float arrays;
 * `bind(params, state) -> Bound`: the quantized network that this state stands for, as integer
   codes with straight-through gradients and tables of scales;
-* `loss(student, teacher) -> scalar`: how far the student's prediction is from the teacher's;
+* `loss(student, teacher) -> scalar`: how far the student's `Prediction` is from the teacher's;
 * `optimizer(state, decay) -> optax transformation`: `decay(step)` falls from 1 to 0 over the run.
 
 `bind` knows no time: whatever depends on the timestep is a table of `Bound`, one row per timestep,
@@ -59,24 +59,55 @@ class Bound(NamedTuple):
     tables: Tables
 
 
+class Prediction(NamedTuple):
+    """What a network says of a batch.
+
+    Attributes:
+      output: the (guided) prediction.
+      features: outputs of the modules that `Method.features` names, by path.
+    """
+
+    output: Float[Array, 'B H W C']
+    features: Mapping[str, Array] = {}
+
+
 class Method(NamedTuple):
-    """See the module's docstring."""
+    """See the module's docstring.
+
+    Attributes:
+      init: makes the state.
+      bind: makes the quantized network.
+      loss: compares two predictions.
+      optimizer: makes the optax transformation.
+      features: regular expression over module paths whose outputs `loss` wants to see; None: none.
+    """
 
     init: Callable[[PyTree, Stats, Key[Array, '']], State]
     bind: Callable[[PyTree, State], Bound]
-    loss: Callable[[Array, Array], Float[Array, '']]
+    loss: Callable[[Prediction, Prediction], Float[Array, '']]
     optimizer: Callable[[State, optax.Schedule], optax.GradientTransformation]
+    features: str | None = None
 
 
-def mean_squared_error(
-    student: Float[Array, 'B H W C'], teacher: Float[Array, 'B H W C']
-) -> Float[Array, '']:
-    """The mean over images of the squared distance of two predictions, summed over pixels.
+def output_loss(student: Prediction, teacher: Prediction) -> Float[Array, '']:
+    """The mean over images of the squared distance of two outputs, summed over pixels.
 
-    EfficientDM sums over the batch as well; the mean makes learning rates independent of it.
+    EfficientDM's code sums over the batch as well; the mean makes learning rates independent of it.
     """
-    difference = (student - teacher).astype(jnp.float32)
+    difference = (student.output - teacher.output).astype(jnp.float32)
     return jnp.sum(difference**2) / difference.shape[0]
+
+
+def feature_loss(student: Prediction, teacher: Prediction) -> Float[Array, '']:
+    """Mean over the captured features of |student - teacher|^2 / |teacher|^2."""
+
+    def relative(path: str) -> Float[Array, '']:
+        target = teacher.features[path].astype(jnp.float32)
+        difference = student.features[path].astype(jnp.float32) - target
+        return jnp.sum(difference**2) / jnp.maximum(jnp.sum(target**2), 1e-12)
+
+    errors = [relative(path) for path in sorted(teacher.features)]
+    return sum(errors) / len(errors)
 
 
 def frozen(state: State, decay: optax.Schedule) -> optax.GradientTransformation:

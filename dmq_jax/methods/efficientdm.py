@@ -67,9 +67,7 @@ def make(config: EfficientDMConfig, plan: Plan) -> base.Method:
     # Repeated in the backward pass: cheaper than to keep three arrays as large as the weights.
     @functools.partial(jax.checkpoint, static_argnums=4)
     def updated(kernel, update, scale, zero_point, path):
-        return base.quantize_weight(
-            kernel + low_rank.delta(update), scale, zero_point, plan[path]
-        )
+        return base.quantize_weight(kernel + low_rank.delta(update), scale, zero_point, plan[path])
 
     def bind(params, state):
         calibrated = jax.lax.stop_gradient(state['calibrated'])
@@ -106,7 +104,9 @@ def make(config: EfficientDMConfig, plan: Plan) -> base.Method:
         rates = _lora_rates(config, state)
         tables = {
             'scale': optax.chain(scale_by_row_adam(), decayed(config.input_scale_learning_rate)),
-            'zero_point': optax.chain(scale_by_row_adam(), decayed(config.zero_point_learning_rate)),
+            'zero_point': optax.chain(
+                scale_by_row_adam(), decayed(config.zero_point_learning_rate)
+            ),
         }
         return base.per_group(
             {
@@ -119,7 +119,16 @@ def make(config: EfficientDMConfig, plan: Plan) -> base.Method:
             }
         )
 
-    return base.Method(init, bind, base.mean_squared_error, optimizer)
+    def loss(student, teacher):
+        output = base.output_loss(student, teacher)
+        if config.loss == 'output':
+            return output
+        # Both terms are of the order of the output's own size: |eps|^2 is close to its dimension.
+        size = teacher.output[0].size
+        return output + config.feature_weight * size * base.feature_loss(student, teacher)
+
+    features = config.feature_layers if config.loss == 'feature' else None
+    return base.Method(init, bind, loss, optimizer, features)
 
 
 def _unit(table):
@@ -147,10 +156,8 @@ def _last_names(tables):
 
 
 def _lora_rates(config, state):
-    """eq. 8: a rate proportional to the mean weight scale of the layer; or the mean for all."""
-    means = {
-        path: jnp.mean(state['calibrated']['weight'][path]['scale']) for path in state['lora']
-    }
+    """Eq. 8: a rate proportional to the mean weight scale of the layer; or the mean for all."""
+    means = {path: jnp.mean(state['calibrated']['weight'][path]['scale']) for path in state['lora']}
     if not config.scale_aware and means:
         overall = sum(means.values()) / len(means)
         means = dict.fromkeys(means, overall)

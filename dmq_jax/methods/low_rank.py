@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 
-def init(
-    shape: tuple[int, ...], rank: int, key: Key[Array, '']
-) -> dict[str, Float[Array, '...']]:
+def init(shape: tuple[int, ...], rank: int, key: Key[Array, '']) -> dict[str, Float[Array, '...']]:
     """An update that starts at zero: `down` uniform in ±1/sqrt(fan in), `up` zero.
 
     Args:
@@ -31,6 +29,8 @@ def init(
 
 def delta(update: Mapping[str, Float[Array, '...']]) -> Float[Array, '...']:
     """The update as a kernel."""
-    return update['down'] @ update['up'] if update['down'].ndim == 2 else jnp.einsum(
-        'hwcr,ro->hwco', update['down'], update['up']
+    return (
+        update['down'] @ update['up']
+        if update['down'].ndim == 2
+        else jnp.einsum('hwcr,ro->hwco', update['down'], update['up'])
     )

@@ -27,4 +27,4 @@ def make(config: RoundToNearestConfig, plan: Plan) -> base.Method:
         }
         return base.Bound(weights, state['input'])
 
-    return base.Method(init, bind, base.mean_squared_error, base.frozen)
+    return base.Method(init, bind, base.output_loss, base.frozen)

@@ -132,7 +132,7 @@ class DDPMUNet(nn.Module):
             x = UpLevel(
                 width, count, attention, upsample=i < last, name=f'up_{i}', **level
             )(x, used, embedding)  # fmt: skip
-        x = group_norm(self.num_groups, self.epsilon, self.dtype, 'norm_out')(x)
+        x = GroupNorm(self.num_groups, self.epsilon, self.dtype, name='norm_out')(x)
         out_channels = self.out_channels or self.in_channels
         x = conv3x3(out_channels * self.patch_size**2, 'conv_out', self.dtype)(nn.silu(x))
         return depth_to_space(x, self.patch_size)
@@ -176,17 +176,44 @@ def conv3x3(
     )
 
 
-def group_norm(
-    num_groups: int, epsilon: float, dtype: jnp.dtype, name: str
-) -> Callable[[Array], Array]:
-    """A GroupNorm computed in float32, whose variance does not cancel; the result is `dtype`."""
-    # Flax's default, E[x^2] - E[x]^2, is wrong by 1e-3 where the mean is 100 times the standard
-    # deviation; the variance about the mean is wrong by 1e-5 there.
-    norm = nn.GroupNorm(
-        num_groups, epsilon=epsilon, dtype=jnp.float32, use_fast_variance=False, name=name
-    )
-    # Both casts are explicit: Flax's own mix dtypes, which strict promotion refuses.
-    return lambda x: norm(x.astype(jnp.float32)).astype(dtype)
+class GroupNorm(nn.Module):
+    """Normalizes groups of channels to mean 0 and variance 1, in float32; the result is `dtype`.
+
+    The function of Flax's `GroupNorm(use_fast_variance=False)`, whose variance about the mean does
+    not cancel (E[x^2] - E[x]^2 is wrong by 1e-3 where the mean is 100 standard deviations). Sums
+    run over pixels first and then over the few channels of a group: on CPU 2 to 2.7 times faster
+    forward, 1.6 to 2 times backward (8 images, 32x32x128 and 16x16x256, jax 0.10.2 and 0.12.0).
+    """
+
+    num_groups: int
+    epsilon: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, 'B H W C']) -> Float[Array, 'B H W C']:
+        """`x` normalized, scaled and shifted.
+
+        Raises:
+          ValueError: `num_groups` does not divide the channels.
+        """
+        c = x.shape[-1]
+        if c % self.num_groups:
+            raise ValueError(f'num_groups={self.num_groups} does not divide {c} channels.')
+        scale = self.param('scale', nn.initializers.ones, (c,))
+        bias = self.param('bias', nn.initializers.zeros, (c,))
+
+        def group_means(x: Array) -> Array:
+            means = jnp.mean(x, axis=(1, 2)).reshape(x.shape[0], self.num_groups, -1)
+            means = jnp.mean(means, axis=-1, keepdims=True)
+            return jnp.broadcast_to(means, (*means.shape[:2], c // self.num_groups)).reshape(
+                x.shape[0], 1, 1, c
+            )
+
+        centred = x.astype(jnp.float32)
+        centred = centred - group_means(centred)
+        factor = jax.lax.rsqrt(group_means(centred**2) + self.epsilon)
+        factor = factor * scale[None, None, None, :]
+        return (centred * factor + bias[None, None, None, :]).astype(self.dtype)
 
 
 class TimeEmbedding(nn.Module):
@@ -218,7 +245,7 @@ class ResBlock(nn.Module):
         """`x` (through a 1x1 convolution where the width changes) plus the residual branch."""
 
         def norm(name: str) -> Callable[[Array], Array]:
-            return group_norm(self.num_groups, self.epsilon, self.dtype, name)
+            return GroupNorm(self.num_groups, self.epsilon, self.dtype, name=name)
 
         h = conv3x3(self.width, 'conv1', self.dtype)(nn.silu(norm('norm1')(x)))
         count = 2 * self.width if self.scale_shift else self.width
@@ -254,7 +281,7 @@ class Attention(nn.Module):
         head_dim = self.head_dim or c
         if c % head_dim:
             raise ValueError(f'head_dim={head_dim} does not divide {c} channels.')
-        h = group_norm(self.num_groups, self.epsilon, self.dtype, 'norm')(x)
+        h = GroupNorm(self.num_groups, self.epsilon, self.dtype, name='norm')(x)
         h = h.reshape(b, height * width, c)
 
         def heads(name: str) -> Float[Array, 'B N L D']:

@@ -322,8 +322,7 @@ def integer(plan: Plan) -> contextlib.AbstractContextManager[None]:
 
     def action(module, kind, spec, args, proceed):
         rows = [
-            _entry(module, role) if spec.inputs is not None else None
-            for role in INPUT_ROLES[kind]
+            _entry(module, role) if spec.inputs is not None else None for role in INPUT_ROLES[kind]
         ]
         if kind == 'tap':
             return fake_quantize_input(args[0], rows[0], spec.inputs)

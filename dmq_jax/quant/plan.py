@@ -6,7 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from dmq_jax.quant.tensor import QuantSpec
 
-INPUT_ROLES = {'dense': ('input',), 'conv': ('input',), 'tap': ('input',), 'product': ('lhs', 'rhs')}
+INPUT_ROLES = {
+    'dense': ('input',),
+    'conv': ('input',),
+    'tap': ('input',),
+    'product': ('lhs', 'rhs'),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,9 @@ class Rule:
 Plan = Mapping[str, LayerSpec]
 
 
-def make_plan(layers: Mapping[str, QuantizableLayer], rules: Sequence[Rule]) -> dict[str, LayerSpec]:
+def make_plan(
+    layers: Mapping[str, QuantizableLayer], rules: Sequence[Rule]
+) -> dict[str, LayerSpec]:
     """The spec of every quantized layer; layers left float are absent.
 
     Args:

@@ -117,9 +117,7 @@ class QuantizedTensor:
         return int(self.packed.size + 4 * self.scale.size + zero_points)
 
 
-def pack(
-    codes: Any, scale: Any, zero_point: Any, *, spec: QuantSpec
-) -> QuantizedTensor:
+def pack(codes: Any, scale: Any, zero_point: Any, *, spec: QuantSpec) -> QuantizedTensor:
     """Packs the integer-valued `codes` [..., K, N] of a weight.
 
     Args:

@@ -221,7 +221,7 @@ def test_group_norm_survives_a_large_mean():
     class Norm(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return ddpm_unet.group_norm(8, 1e-6, jnp.float32, 'norm')(x)
+            return ddpm_unet.GroupNorm(8, 1e-6, jnp.float32, name='norm')(x)
 
     out = Norm().apply({'params': params}, x)
     # The mean is known to 100 eps(float32) = 1.2e-5 (seen: 1.2e-5); cancellation makes it 1.2e-3.

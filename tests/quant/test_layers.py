@@ -8,10 +8,11 @@ from dmq_jax.models import tap
 from dmq_jax.quant import layers, numerics, observers
 from dmq_jax.quant.layers import at_timestep
 from dmq_jax.quant.plan import LayerSpec
-from dmq_jax.quant.tensor import QuantSpec, dequantize, pack, scale_shape
+from dmq_jax.quant.tensor import QuantSpec, dequantize, expand, pack, scale_shape
 from tests.oracles import quantization as oracle
 
 EPS = float(np.finfo(np.float32).eps)
+FAST_COMPILE = {'xla_backend_optimization_level': 0}  # tiny tensors: compiling is all the time
 INPUTS = QuantSpec(bits=4, symmetric=False)
 SPEC = LayerSpec(weight=None, inputs=INPUTS)
 
@@ -281,7 +282,7 @@ def test_the_hook_works_under_remat_and_gives_the_same_gradients():
     remat = Network(block=nn.remat(Block))
     gradient = jax.jit(
         jax.value_and_grad(loss), static_argnums=1,
-        compiler_options={'xla_backend_optimization_level': 0},  # compiles faster
+        compiler_options=FAST_COMPILE,
     )  # fmt: skip
     plain_value, plain = gradient(tables(), NETWORK)
     value, gradients = gradient(tables(), remat)
@@ -297,10 +298,10 @@ def test_gradients_reach_exactly_the_rows_in_use():
     def loss(tables):
         return jnp.sum(run_fake(jnp.asarray([60, 60, 0]), rows_of=tables) ** 2)
 
-    for leaf in jax.tree.leaves(jax.grad(loss)(tables())):
-        np.testing.assert_array_equal(leaf[jnp.asarray([0, 2])], [0, 0])
-    scale = jax.grad(loss)(tables())['conv']['input']['scale']
-    assert (scale[jnp.asarray([1, 3])] != 0).all()
+    gradient = jax.jit(jax.grad(loss), compiler_options=FAST_COMPILE)(tables())
+    for leaf in jax.tree.leaves(gradient):
+        np.testing.assert_array_equal(np.asarray(leaf)[[0, 2]], [0, 0])
+    assert (np.asarray(gradient['conv']['input']['scale'])[[1, 3]] != 0).all()
 
 
 def test_one_program_serves_all_timesteps():
@@ -494,7 +495,6 @@ def group_sums(product, x, codes, scale, zero_point):
     return total
 
 
-WIDTHS = [(2, 2), (7, 7), (8, 8), (4, 8)]
 SYMMETRIES = [(True, True), (False, True), (True, False), (False, False)]
 
 
@@ -502,9 +502,12 @@ def weight_spec(bits, symmetric, group_size=None):
     return QuantSpec(bits=bits, symmetric=symmetric, per_channel=True, group_size=group_size)
 
 
-@pytest.mark.parametrize('per_sample, group_size', [(False, None), (True, 2)])
+# Every second combination has groups of two inputs and a row for each image.
 @pytest.mark.parametrize('weight_symmetric, input_symmetric', SYMMETRIES)
-@pytest.mark.parametrize('weight_bits, input_bits', WIDTHS)
+@pytest.mark.parametrize(
+    'weight_bits, input_bits, per_sample, group_size',
+    [(2, 2, True, 2), (7, 7, False, None), (8, 8, True, 2), (4, 8, False, None)],
+)
 def test_integer_dense_equals_int64(
     weight_bits, input_bits, weight_symmetric, input_symmetric, per_sample, group_size
 ):
@@ -691,3 +694,58 @@ def test_a_sum_that_might_overflow_is_refused():
     weight, *_ = random_weight((33026, 1), spec.weight)
     with pytest.raises(ValueError, match='may exceed int32'):
         run_integer(nn.Dense(1, use_bias=False), spec, [x], {'input': rows}, weight=weight)
+
+
+# -- training: codes in the collection -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'kind, weight, inputs',
+    [
+        ('dense', weight_spec(4, True, 2), INPUTS),
+        ('dense', weight_spec(8, False), None),
+        ('conv', weight_spec(4, False), INPUTS),
+        ('conv', weight_spec(8, False), QuantSpec(bits=8, symmetric=False)),
+    ],
+)
+def test_codes_in_the_collection_train_as_a_rounded_kernel_does(kind, weight, inputs):
+    spec = LayerSpec(weight=weight, inputs=inputs)
+    x = jnp.concatenate([X, X - 0.4], axis=-1)
+    module, shape = nn.Dense(5), (4, 5)
+    if kind == 'conv':
+        module, shape = nn.Conv(5, (3, 3), strides=(2, 2), padding=((0, 1), (0, 1))), (3, 3, 4, 5)
+    rng = np.random.default_rng(3)
+    kernel = jnp.asarray(rng.standard_normal(shape).astype(np.float32))
+    w_scale, w_zero = observers.calibrate_weight(kernel, weight)
+    roles = {}
+    if inputs is not None:
+        scale, zero_point = observers.compute_scale(jnp.min(x), jnp.max(x), inputs)
+        roles = {'input': {'scale': 0.9 * scale, 'zero_point': zero_point}}
+    direction = jnp.asarray(rng.standard_normal(Single(module).apply(
+        {'params': {'layer': {'kernel': kernel, 'bias': jnp.ones(5)}}}, x
+    ).shape).astype(np.float32))  # fmt: skip
+
+    def loss(learnt, in_collection):
+        kernel, w_scale, x, roles = learnt
+        expanded = [expand(a, shape) for a in (w_scale, w_zero)]
+        codes = numerics.quantize(kernel, *expanded, *weight.grid)
+        params, entry = {'bias': jnp.ones(5)}, dict(roles)
+        if in_collection:
+            entry['weight'] = {'codes': codes, 'scale': w_scale, 'zero_point': w_zero}
+        else:
+            params['kernel'] = numerics.dequantize(codes, *expanded)
+        with layers.fake_quantized({'layer': spec}):
+            y = Single(module).apply({'params': {'layer': params}, 'quant': {'layer': entry}}, x)
+        return jnp.sum(y * direction), y
+
+    gradient = jax.jit(
+        jax.grad(loss, has_aux=True), static_argnums=1, compiler_options=FAST_COMPILE
+    )
+    learnt = (kernel, w_scale, x, roles)
+    (got, got_y), (want, want_y) = gradient(learnt, True), gradient(learnt, False)
+    # Sums of 36 or fewer products, exact in integers, rounded in float32.
+    limit = 2 * np.prod(shape[:-1]) * EPS * float(jnp.abs(kernel).max() * jnp.abs(x).max())
+    np.testing.assert_allclose(got_y, want_y, rtol=0, atol=limit)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        # float32 sums over pixels in another order, against the size of the whole gradient.
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * (1 + float(jnp.abs(b).max())))

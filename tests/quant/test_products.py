@@ -1,0 +1,155 @@
+"""Values from integers, gradients of the float product: both against the float layer itself."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmq_jax.quant import products
+from dmq_jax.quant.layers import fake_quantized
+from dmq_jax.quant.plan import LayerSpec
+from dmq_jax.quant.tensor import QuantSpec
+
+# float32 sums of some hundred products in another order.
+TOLERANCE = 1e-5
+WEIGHT_SPECS = {
+    'symmetric': QuantSpec(bits=4, symmetric=True, per_channel=True),
+    'asymmetric': QuantSpec(bits=4, symmetric=False, per_channel=True),
+    'groups': QuantSpec(bits=3, symmetric=True, per_channel=True, group_size=4),
+    'eight_bits': QuantSpec(bits=8, symmetric=False, per_channel=True),
+}
+LAYERS = {
+    'conv': (nn.Conv(6, (3, 3), padding=1), (2, 5, 7, 8)),
+    'strided': (nn.Conv(6, (3, 3), strides=(2, 2), padding=((0, 1), (0, 1))), (2, 6, 8, 8)),
+    'pointwise': (nn.Conv(6, (1, 1)), (2, 4, 4, 8)),
+    'dense': (nn.Dense(6), (5, 8)),
+}
+
+
+def relative_gap(tree, reference):
+    """Distance of two trees relative to the norm of the second."""
+    leaves = [np.concatenate([np.ravel(a) for a in jax.tree.leaves(t)]) for t in (tree, reference)]
+    return np.linalg.norm(leaves[0] - leaves[1]) / np.linalg.norm(leaves[1])
+
+
+@pytest.mark.parametrize(
+    'shape, kernel_shape, padding',
+    [
+        ((2, 5, 7, 3), (3, 3, 3, 4), ((1, 1), (1, 1))),
+        ((2, 4, 6, 3), (3, 3, 3, 5), ((0, 2), (1, 0))),
+        ((1, 6, 5, 2), (2, 3, 2, 4), ((1, 0), (2, 2))),
+        ((2, 3, 3, 5), (1, 1, 5, 2), ((0, 0), (0, 0))),
+        ((1, 4, 4, 2), (3, 3, 2, 2), ((3, 3), (3, 3))),
+    ],
+)
+def test_the_kernel_gradient_is_the_one_that_jax_derives(shape, kernel_shape, padding):
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in (shape, kernel_shape))
+    geometry = ((1, 1), padding)
+    y, pull_back = jax.vjp(lambda k: products.product(x, k, geometry), kernel)
+    g = jnp.asarray(rng.standard_normal(y.shape), jnp.float32)
+    ours = products.kernel_gradient(x, kernel, g, geometry)
+    assert relative_gap(ours, pull_back(g)[0]) < TOLERANCE
+
+
+def bound_layer(kind, weight_spec, *, each_image):
+    """A layer with everything its quantized forms need: codes, rows, inputs, plan."""
+    module, shape = LAYERS[kind]
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(0.5, 1.0, shape), jnp.float32)
+    params = module.init(jax.random.key(0), x)['params']
+    kernel_shape = params['kernel'].shape
+    qmin, qmax = weight_spec.grid
+    groups = kernel_shape[-2] // weight_spec.group_size if weight_spec.group_size else 1
+    table = (1,) * (len(kernel_shape) - 2) + (groups, kernel_shape[-1])
+    zero_point = np.zeros(table) if weight_spec.symmetric else rng.integers(1, qmax, table)
+    weight = {
+        'codes': jnp.asarray(rng.integers(qmin, qmax + 1, kernel_shape), jnp.float32),
+        'scale': jnp.asarray(rng.uniform(0.05, 0.2, table), jnp.float32),
+        'zero_point': jnp.asarray(zero_point, jnp.float32),
+    }
+    lead = shape[:1] if each_image else ()
+    rows = {
+        'scale': jnp.asarray(rng.uniform(0.1, 0.2, lead), jnp.float32),
+        'zero_point': jnp.asarray(rng.integers(2, 6, lead), jnp.float32),
+    }
+    spec = LayerSpec(weight=weight_spec, inputs=QuantSpec(bits=4, symmetric=False))
+    return module, spec, params, weight, rows, x
+
+
+def value_and_gradients(module, spec, params, weight, rows, x, *, as_codes):
+    """The layer's output, and gradients of its product with noise for weight, rows and input."""
+
+    def run(weight, rows, x):
+        variables = {'params': params, 'quant': {'layer': {'input': rows}}}
+        if as_codes:
+            variables['quant']['layer']['weight'] = weight
+        else:
+            groups = params['kernel'].shape[-2] // weight['scale'].shape[-2]
+            scale, zero_point = (
+                jnp.repeat(weight[n], groups, axis=-2) for n in ('scale', 'zero_point')
+            )
+            kernel = (weight['codes'] - zero_point) * scale
+            variables['params'] = {'kernel': kernel, 'bias': params['bias']}
+
+        class Network(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                return module.clone(name='layer', parent=self)(x)
+
+        variables['params'] = {'layer': variables['params']}
+        with fake_quantized({'layer': spec}):
+            return Network().apply(variables, x)
+
+    y, pull_back = jax.vjp(run, weight, rows, x)
+    g = jnp.asarray(np.random.default_rng(2).standard_normal(y.shape), jnp.float32)
+    return y, pull_back(g)
+
+
+@pytest.mark.parametrize(
+    'kind, weights',
+    [*(('conv', weights) for weights in WEIGHT_SPECS), *((k, 'symmetric') for k in LAYERS)][1:],
+)
+def test_a_layer_of_codes_has_value_and_gradients_of_the_float_layer(kind, weights):
+    layer = bound_layer(kind, WEIGHT_SPECS[weights], each_image=True)
+    y, gradients = value_and_gradients(*layer, as_codes=True)
+    y_float, gradients_float = value_and_gradients(*layer, as_codes=False)
+    assert relative_gap(y, y_float) < TOLERANCE
+    assert relative_gap(gradients, gradients_float) < TOLERANCE
+    # The parts differ in size, and the small ones must be right as well.
+    for part, part_float in zip(gradients, gradients_float, strict=True):
+        for name in part if isinstance(part, dict) else ():
+            if name != 'zero_point' or np.any(part_float[name]):
+                assert relative_gap(part[name], part_float[name]) < TOLERANCE, name
+    assert relative_gap(gradients[2], gradients_float[2]) < TOLERANCE
+
+
+def test_float_inputs_with_quantized_weights_are_float_products():
+    module, spec, params, weight, rows, x = bound_layer(
+        'conv', WEIGHT_SPECS['symmetric'], each_image=False
+    )
+    layer = module, LayerSpec(weight=spec.weight, inputs=None), params, weight, rows, x
+    y, gradients = value_and_gradients(*layer, as_codes=True)
+    y_float, gradients_float = value_and_gradients(*layer, as_codes=False)
+    assert relative_gap(y, y_float) < TOLERANCE
+    assert relative_gap(gradients, gradients_float) < TOLERANCE
+
+
+def test_the_value_is_that_of_integers_bit_for_bit():
+    module, spec, params, weight, rows, x = bound_layer(
+        'conv', WEIGHT_SPECS['symmetric'], each_image=False
+    )
+    y, _ = value_and_gradients(module, spec, params, weight, rows, x, as_codes=True)
+    codes = np.clip(np.round(np.asarray(x / rows['scale'])) + rows['zero_point'], 0, 15)
+    padded = np.pad(codes - np.asarray(rows['zero_point']), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    acc = sum(
+        padded[:, i : i + 5, j : j + 7].astype(np.int64)
+        @ np.asarray(weight['codes'][i, j]).astype(np.int64)
+        for i in range(3)
+        for j in range(3)
+    )
+    # Multiplied in the order of the layer: exact sums, then two float32 products and the bias.
+    expected = acc.astype(np.float32) * np.asarray(weight['scale']).reshape(-1)
+    expected = expected * np.asarray(rows['scale']) + np.asarray(params['bias'])
+    np.testing.assert_array_equal(y, expected)

@@ -1,0 +1,114 @@
+import json
+
+import numpy as np
+import pytest
+
+from dmq_jax import artefacts
+
+OPTIONS = {'bits': 4, 'sampler': {'num_steps': 20, 'eta': 0.0}, 'layers': ('a', 'b')}
+
+
+def write(path):
+    (path / 'value.txt').write_text('made')
+
+
+def read(path):
+    return (path / 'value.txt').read_text()
+
+
+def refuse(path):
+    raise AssertionError('made again')
+
+
+def test_what_is_made_is_loaded_and_marked_complete(tmp_path):
+    path = tmp_path / 'deep' / 'result'
+    assert not artefacts.is_complete(path)
+    assert artefacts.artefact(path, OPTIONS, write, read) == 'made'
+    assert artefacts.is_complete(path)
+    assert [p.name for p in path.parent.iterdir()] == ['result']
+    assert json.loads((path / 'complete.json').read_text())['bits'] == 4
+
+
+def test_what_is_complete_is_not_made_again(tmp_path):
+    artefacts.artefact(tmp_path / 'result', OPTIONS, write, read)
+    # Tuples become lists in JSON: that is no difference.
+    assert artefacts.artefact(tmp_path / 'result', OPTIONS | {'layers': ['a', 'b']}, refuse, read)
+
+
+def test_a_maker_that_dies_leaves_nothing_to_load(tmp_path):
+    def die(path):
+        write(path)
+        raise KeyboardInterrupt
+
+    path = tmp_path / 'result'
+    with pytest.raises(KeyboardInterrupt):
+        artefacts.artefact(path, OPTIONS, die, read)
+    assert not path.exists() and not artefacts.is_complete(path)
+
+
+def test_what_a_dead_maker_left_does_not_leak_into_the_next(tmp_path):
+    path = tmp_path / 'result'
+    partial = tmp_path / 'result.partial'
+    partial.mkdir()
+    (partial / 'half.txt').write_text('')
+    # A folder without the mark is as good as none.
+    path.mkdir()
+    (path / 'old.txt').write_text('')
+    artefacts.artefact(path, OPTIONS, write, read)
+    assert sorted(p.name for p in path.iterdir()) == ['complete.json', 'value.txt']
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize(
+    'options, text',
+    [
+        (OPTIONS | {'bits': 8}, 'bits was 4, now 8'),
+        (
+            OPTIONS | {'sampler': {'num_steps': 50, 'eta': 0.0}},
+            'sampler.num_steps was 20, now 50',
+        ),
+        (OPTIONS | {'new': None}, "new was 'absent', now None"),
+        ({'bits': 4, 'layers': ('a', 'b')}, "now 'absent'"),
+    ],
+)
+def test_other_options_are_refused_and_the_difference_named(tmp_path, options, text):
+    path = tmp_path / 'result'
+    artefacts.artefact(path, OPTIONS, write, read)
+    artefacts.claim(tmp_path / 'growing', OPTIONS)
+    for attempt in (
+        lambda: artefacts.artefact(path, options, refuse, read),
+        lambda: artefacts.claim(tmp_path / 'growing', options),
+    ):
+        with pytest.raises(ValueError, match='was made with other options') as caught:
+            attempt()
+        assert text in str(caught.value)
+        assert '--workdir' in str(caught.value)
+    assert read(path) == 'made'
+
+
+def test_a_claimed_folder_may_be_claimed_again_with_the_same_options(tmp_path):
+    artefacts.claim(tmp_path / 'growing', OPTIONS)
+    (tmp_path / 'growing' / 'checkpoint').write_text('')
+    artefacts.claim(tmp_path / 'growing', OPTIONS)
+    assert (tmp_path / 'growing' / 'checkpoint').exists()
+
+
+def test_fingerprints_differ_exactly_when_options_do(tmp_path):
+    for name, options in (('a', OPTIONS), ('b', OPTIONS), ('c', OPTIONS | {'bits': 8})):
+        artefacts.artefact(tmp_path / name, options, write, read)
+    a, b, c = (artefacts.fingerprint(tmp_path / name) for name in 'abc')
+    assert a == b != c
+
+
+def test_a_digest_sees_values_names_shapes_dtypes_and_settings():
+    arrays = {'a': np.zeros((2, 3), np.float32), 'b': np.ones(2, np.int32)}
+    changed = [
+        {'a': arrays['a'] + 1, 'b': arrays['b']},
+        {'c': arrays['a'], 'b': arrays['b']},
+        {'a': arrays['a'].T, 'b': arrays['b']},
+        {'a': arrays['a'].view(np.int32), 'b': arrays['b']},
+    ]
+    digests = [artefacts.digest(tree) for tree in (arrays, *changed)]
+    digests += [artefacts.digest(arrays, {'bits': 4}), artefacts.digest(arrays, {'bits': 8})]
+    assert len(set(digests)) == len(digests)
+    assert artefacts.digest(dict(reversed(arrays.items()))) == digests[0]

@@ -1,0 +1,52 @@
+"""The benchmark on a network that takes no time: every row is there and its numbers make sense."""
+
+import jax
+import pytest
+
+from dmq_jax import bench, denoisers
+from dmq_jax.diffusion.schedule import Schedule
+from dmq_jax.models.ddpm_unet import DDPMUNet
+
+
+@pytest.fixture(scope='module')
+def teacher():
+    network = DDPMUNet(
+        channels=(4,), in_channels=1, layers_per_block=1, num_groups=2, down_attention=(False,),
+        mid_attention=False,
+    )  # fmt: skip
+    info = denoisers.DenoiserInfo(
+        schedule=Schedule(kind='linear'), prediction='eps', image_shape=(4, 4, 1), num_classes=None
+    )
+    params = denoisers.init_params(network, info, jax.random.key(0))
+    return denoisers.float_denoiser(network, params, info)
+
+
+def test_every_row_is_measured_and_reported(teacher):
+    config = bench.BenchConfig(batch_size=2, num_steps=2, num_rounds=2)
+    rows = bench.measure(bench.make_programs(teacher, config, bench.ROWS), config)
+    assert tuple(rows) == bench.ROWS
+    assert rows['teacher'].ratio == 1
+    for name, row in rows.items():
+        assert 0 < row.min_s <= row.median_s, name
+        assert row.images_per_second == pytest.approx(2 / row.median_s)
+        assert row.compile_s > 0 and row.program_mb > 0 and row.ratio > 0, name
+    lines = bench.table(rows)
+    assert len(lines) == 1 + len(rows)
+    assert len({len(line) for line in lines}) == 1
+    report = bench.report('tiny', config, rows)
+    assert report['rows']['finetune']['program_mb'] == rows['finetune'].program_mb
+    assert report['peak_rss_mb'] > 10
+    assert report['versions']['jax'] == jax.__version__
+
+
+def test_rows_not_asked_for_are_not_compiled(teacher):
+    config = bench.BenchConfig(batch_size=1, num_steps=1, num_rounds=1)
+    assert list(bench.make_programs(teacher, config, ('sample_float',))) == [
+        'teacher',
+        'sample_float',
+    ]
+
+
+def test_an_unknown_model_is_refused():
+    with pytest.raises(ValueError, match="model='cifar': expected one of cifar10, bundled"):
+        bench.load_model('cifar')

@@ -1,0 +1,226 @@
+"""The distillation loop: its laws on a tiny network, and that devices and kills do not matter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmq_jax import denoisers, finetune, methods
+from dmq_jax.config import EfficientDMConfig, FinetuneConfig, QuantConfig, SamplerConfig
+from dmq_jax.diffusion.schedule import Schedule
+from dmq_jax.models.ddpm_unet import DDPMUNet
+from dmq_jax.quant.observers import TensorStats
+from dmq_jax.quant.plan import INPUT_ROLES
+from dmq_jax.runtime import log, mesh
+
+# Devices sum their parts of the batch in another order.
+TOLERANCE = 1e-5
+NUM_STEPS = 4
+TIMESTEPS = np.array([75, 50, 25, 0], np.int32)  # of the tables
+NETWORK = DDPMUNet(
+    channels=(8,), in_channels=1, layers_per_block=1, num_groups=2, down_attention=(False,),
+    mid_attention=False, num_class_embeds=3,
+)  # fmt: skip
+INFO = denoisers.DenoiserInfo(
+    schedule=Schedule(kind='linear', num_train_timesteps=100, beta_start=1e-3, beta_end=0.1),
+    prediction='eps',
+    image_shape=(4, 4, 1),
+    num_classes=3,
+)
+KEY_SEED = 7
+
+
+def make_config(**options):
+    defaults = dict(
+        num_iterations=6, batch_size=8, sampler=SamplerConfig(num_steps=NUM_STEPS, eta=1.0),
+        log_every=1, checkpoint_every=2,
+    )  # fmt: skip
+    return FinetuneConfig(**{**defaults, **options})
+
+
+@pytest.fixture(scope='module')
+def problem():
+    """(teacher, method, state, plan): 4 bits, ranges made up but wide enough."""
+    params = denoisers.init_params(NETWORK, INFO, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda a: a + 0.1 * jnp.asarray(rng.standard_normal(a.shape), a.dtype), params
+    )
+    teacher = denoisers.float_denoiser(NETWORK, params, INFO)
+    layers = denoisers.quantizable(teacher)
+    quant = QuantConfig(weight_observer='minmax', activation_observer='minmax')
+    plan = denoisers.make_plan(layers, quant)
+    low, high = np.full(NUM_STEPS, -2, np.float32), np.full(NUM_STEPS, 3, np.float32)
+    seen = TensorStats(low, high, np.stack([low, high], axis=-1))
+    stats = {path: dict.fromkeys(INPUT_ROLES[layers[path].kind], seen) for path in plan}
+    method = methods.make(
+        EfficientDMConfig(lora_rank=2, lora_rate_per_scale=0.05), plan
+    )
+    state = jax.jit(method.init)(params, stats, jax.random.key(1))
+    return teacher, method, state, plan
+
+
+def make_step(problem, config):
+    """(compiled step, its first train state, sampler), on the default device."""
+    teacher, method, state, plan = problem
+    sampler = denoisers.make_denoiser_sampler(INFO, config.sampler)
+    optimizer = method.optimizer(state, finetune.make_decay(config))
+    loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', config)
+    step = finetune.make_train_step(teacher, loss, optimizer, config)
+    positions = finetune.start_positions(
+        teacher, sampler, config, teacher.params, jax.random.key(KEY_SEED)
+    )
+    train = finetune.TrainState(state, optimizer.init(state), positions, jnp.zeros((), jnp.int32))
+    return step, jax.tree.map(jnp.copy, train), sampler
+
+
+def run(problem, config, workdir, *, data=1):
+    teacher, method, state, plan = problem
+    return finetune.run(
+        teacher, method, state, plan, TIMESTEPS, 'nearest', config,
+        key=jax.random.key(KEY_SEED), workdir=workdir, device_mesh=mesh.make_mesh(data),
+        description='test',
+    )  # fmt: skip
+
+
+def norm(tree):
+    return np.sqrt(sum(np.sum(np.asarray(a, np.float64) ** 2) for a in jax.tree.leaves(tree)))
+
+
+def test_loss_and_gradients_are_the_same_on_one_and_on_eight_devices(problem):
+    teacher, method, state, plan = problem
+    loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', make_config())
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((8, *INFO.image_shape)).astype(np.float32)
+    t, y = np.arange(8, dtype=np.int32) * 12, np.arange(8, dtype=np.int32) % 3
+    results = []
+    for data in (1, 8):
+        device_mesh = mesh.make_mesh(data)
+        replicated = mesh.replicate(device_mesh, (state, teacher.params))
+        batch = mesh.shard_batch(device_mesh, (x, t, y))
+        (value, _), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+            *replicated, *batch
+        )
+        results.append((float(value), jax.device_get(gradients)))
+    (one, gradients_one), (eight, gradients_eight) = results
+    assert abs(one - eight) < TOLERANCE * abs(one)
+    gap = norm(jax.tree.map(np.subtract, gradients_eight, gradients_one)) / norm(gradients_one)
+    assert norm(gradients_one) > 0
+    assert gap < TOLERANCE, f'{gap:.1e}'
+
+
+def test_gradients_do_not_depend_on_recomputing_activations(problem):
+    teacher, method, state, plan = problem
+    inputs = jnp.ones((2, *INFO.image_shape)), jnp.asarray(50), jnp.array([0, 2])
+    results = []
+    for remat in (False, True):
+        config = make_config(remat=remat)
+        loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', config)
+        gradient = jax.jit(jax.grad(loss, has_aux=True))
+        results.append(gradient(state, teacher.params, *inputs)[0])
+    gap = norm(jax.tree.map(jnp.subtract, *results)) / norm(results[0])
+    assert gap < TOLERANCE, f'{gap:.1e}'
+
+
+@pytest.mark.parametrize('positions', ['trajectory', 'staggered'])
+def test_one_program_visits_the_right_timesteps_and_starts_anew(problem, positions):
+    config = make_config(positions=positions)
+    step, train, sampler = make_step(problem, config)
+    params, key = problem[0].params, jax.random.key(KEY_SEED)
+    timesteps = np.asarray(sampler.timesteps)
+    slots = np.arange(config.batch_size)
+    start = np.zeros(8, int) if positions == 'trajectory' else slots * NUM_STEPS // 8
+    first_noise = np.asarray(train.positions.carry.x)
+    # Everything is on the device already; only reading results out is a transfer.
+    sampler = jax.tree.map(jnp.asarray, sampler)
+    for i in range(NUM_STEPS + 1):
+        index = np.asarray(train.positions.index)
+        np.testing.assert_array_equal(index, (start + i) % NUM_STEPS)
+        assert set(timesteps[index]) <= set(timesteps)
+        np.testing.assert_array_equal(train.positions.round, (start + i) // NUM_STEPS)
+        with jax.transfer_guard('disallow'):
+            train, _ = step(train, params, sampler, key)
+    assert step._cache_size() == 1
+    assert int(train.step) == NUM_STEPS + 1
+    assert np.isfinite(np.asarray(train.positions.carry.x)).all()
+    assert not np.any(np.all(np.asarray(train.positions.carry.x) == first_noise, axis=(1, 2, 3)))
+
+
+def test_a_finished_trajectory_starts_from_new_noise_and_a_class_of_its_own(problem):
+    teacher = problem[0]
+    config = make_config()
+    sampler = denoisers.make_denoiser_sampler(INFO, config.sampler)
+    key = jax.random.key(KEY_SEED)
+    start = finetune.start_positions(teacher, sampler, config, teacher.params, key)
+    last = start._replace(index=jnp.full((8,), NUM_STEPS - 1).at[0].set(0))
+    after = finetune.advance(last, jnp.zeros_like(start.carry.x), sampler, INFO, key)
+    np.testing.assert_array_equal(after.index, [1] + [0] * 7)
+    np.testing.assert_array_equal(after.round, [0] + [1] * 7)
+    assert int(after.labels[0]) == int(start.labels[0])
+    fresh = np.asarray(after.carry.x)[1:]
+    # Noise of variance 1, drawn anew for every slot: 112 values.
+    assert 0.7 < fresh.std() < 1.3
+    assert len({image.tobytes() for image in fresh}) == 7
+    assert not np.any(np.isin(fresh, np.asarray(start.carry.x)))
+    assert set(np.asarray(after.labels).tolist()) <= {0, 1, 2}
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bits(problem, tmp_path, monkeypatch):
+    config = make_config()
+    whole = run(problem, config, tmp_path / 'whole')
+
+    class Stopped(Exception):
+        pass
+
+    original = finetune.make_train_step
+
+    def stopping(*arguments):
+        step, calls = original(*arguments), []
+
+        def counted(*inputs):
+            if len(calls) == 3:
+                raise Stopped
+            calls.append(None)
+            return step(*inputs)
+
+        return counted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, 'make_train_step', stopping)
+        with pytest.raises(Stopped):
+            run(problem, config, tmp_path / 'parts')
+    resumed = run(problem, config, tmp_path / 'parts')
+    jax.tree.map(np.testing.assert_array_equal, resumed.state, whole.state)
+    moved = jax.tree.map(np.subtract, whole.state['lora'], jax.device_get(problem[2]['lora']))
+    assert norm(moved) > 0
+    assert [line['step'] for line in log.read_metrics(tmp_path / 'parts')] == list(range(1, 7))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(problem, tmp_path):
+    teacher, method, state, plan = problem
+    broken = method._replace(loss=lambda student, target: jnp.sum(student) * jnp.nan)
+    with pytest.raises(FloatingPointError, match='loss is nan at step 1'):
+        run((teacher, broken, state, plan), make_config(), tmp_path)
+
+
+def test_the_loss_falls(problem, tmp_path):
+    config = make_config(num_iterations=10 * NUM_STEPS, checkpoint_every=100)
+    run(problem, config, tmp_path)
+    losses = [line['loss'] for line in log.read_metrics(tmp_path)]
+    # Whole trajectories, since the loss differs between timesteps.
+    assert np.mean(losses[-2 * NUM_STEPS :]) < 0.9 * np.mean(losses[: 2 * NUM_STEPS])
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused(problem, tmp_path):
+    with pytest.raises(ValueError, match='finetune.batch_size=6 is not divisible by 8 devices'):
+        run(problem, make_config(batch_size=6), tmp_path, data=8)
+
+
+def test_a_saved_state_loads_as_it_was_and_only_into_its_own_method(problem, tmp_path):
+    state = jax.device_get(problem[2])
+    finetune.save(tmp_path / 'state.safetensors', finetune.Finetuned(state, 1.5))
+    loaded = finetune.load(tmp_path / 'state.safetensors', like=state)
+    assert loaded.duration_s == 1.5
+    jax.tree.map(np.testing.assert_array_equal, loaded.state, state)
+    with pytest.raises(ValueError, match='other tensors than this method has'):
+        finetune.load(tmp_path / 'state.safetensors', like={'other': state})

@@ -1,0 +1,111 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmq_jax import sampling
+from dmq_jax.config import SamplerConfig
+from dmq_jax.runtime import mesh
+from tests import tiny
+
+# eta > 0: the noise of every step must follow the image as well.
+SAMPLER = SamplerConfig(num_steps=3, eta=1.0)
+NUM_IMAGES = 12
+# Another batch size or device count is another program, whose float32 sums may run in another
+# order; a value at the edge between two pixel values then falls on its other side.
+ONE_STEP = 1
+
+
+def draw(batch_size, *, start=0, devices=None, num_images=NUM_IMAGES):
+    labels = sampling.balanced_labels(num_images, tiny.NUM_CLASSES)
+    return list(
+        sampling.batches(
+            tiny.teacher(), SAMPLER, labels=labels, num_images=num_images, key=jax.random.key(4),
+            batch_size=batch_size, start=start,
+            device_mesh=None if devices is None else mesh.make_mesh(devices),
+        )  # fmt: skip
+    )
+
+
+def images_of(batches):
+    return np.concatenate([batch.images for batch in batches])
+
+
+def assert_same_images(found, expected):
+    assert found.shape == expected.shape
+    difference = np.abs(found.astype(int) - expected.astype(int))
+    assert difference.max() <= ONE_STEP
+    # Rare, or it is not rounding: one pixel of a hundred is far above what rounding does.
+    assert (difference > 0).mean() < 0.01
+
+
+@pytest.fixture(scope='module')
+def together():
+    """All images as one batch."""
+    return images_of(draw(NUM_IMAGES))
+
+
+def test_pixels_survive_the_way_to_float_and_back():
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    floats = sampling.to_float(jnp.asarray(pixels))
+    assert floats.dtype == jnp.float32
+    assert float(floats.min()) == -1 and float(floats.max()) == 1
+    np.testing.assert_array_equal(sampling.to_uint8(floats), pixels)
+
+
+def test_values_beyond_the_range_are_clipped_and_the_rest_rounded_to_nearest():
+    values = jnp.array([-7.0, -1.0, 1.0, 1.3, 0.0, (99.4 / 127.5) - 1, (99.6 / 127.5) - 1])
+    # 0.0 lies half way between 127 and 128: half to even.
+    assert sampling.to_uint8(values).tolist() == [0, 0, 255, 255, 128, 99, 100]
+
+
+def test_images_differ_and_are_not_saturated(together):
+    assert together.dtype == np.uint8 and together.shape == (NUM_IMAGES, 8, 8, 1)
+    assert len({image.tobytes() for image in together}) == NUM_IMAGES
+    assert 0.2 < ((together > 0) & (together < 255)).mean()
+
+
+def test_an_image_does_not_depend_on_the_batch_size(together):
+    batches = draw(5)
+    assert [len(b.images) for b in batches] == [5, 5, 2]
+    assert np.concatenate([b.indices for b in batches]).tolist() == list(range(NUM_IMAGES))
+    assert_same_images(images_of(batches), together)
+
+
+def test_an_image_does_not_depend_on_where_the_run_starts():
+    whole, late = draw(5), draw(5, start=3)
+    # The same program on both sides: equality.
+    np.testing.assert_array_equal(images_of(late), images_of(whole)[3:])
+    assert [b.labels.tolist() for b in late] == [[0, 1, 2, 0, 1], [2, 0, 1, 2]]
+
+
+def test_an_image_does_not_depend_on_the_number_of_devices(together):
+    # 16 per batch: the last images are filling, cut off again.
+    assert_same_images(images_of(draw(16, devices=8)), together)
+
+
+def test_one_program_serves_all_batches_and_all_weights():
+    draw(5)
+    before = sampling.sample_batch._cache_size()
+    draw(5, num_images=8, start=1)
+    teacher = tiny.teacher()
+    other = teacher._replace(params=jax.tree.map(lambda a: 2 * a, teacher.params))
+    sampling.draw(other, SAMPLER, labels=np.zeros(5, np.int32), key=jax.random.key(0), batch_size=5)
+    assert sampling.sample_batch._cache_size() == before
+
+
+@pytest.mark.parametrize('num_images', [1, 7, 30])
+def test_labels_go_round_the_classes(num_images):
+    labels = sampling.balanced_labels(num_images, 3)
+    counts = np.bincount(labels, minlength=3)
+    assert len(labels) == num_images and counts.max() - counts.min() <= 1
+    assert sampling.balanced_labels(num_images, None) is None
+
+
+def test_a_grid_reads_row_by_row_and_is_white_where_images_are_missing():
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 3, 1), np.uint8)
+    grid = sampling.image_grid(images, columns=3)
+    assert grid.shape == (4, 9, 1)
+    assert grid[0, ::3, 0].tolist() == [0, 1, 2]
+    assert grid[2, ::3, 0].tolist() == [3, 4, 255]
+    np.testing.assert_array_equal(grid[:2, 3:6], images[1])
