@@ -117,6 +117,8 @@ class RuleConfig:
     pattern: str  # regular expression over paths like 'down_0/block_0/conv1'
     weight_bits: int | None = None  # 2..8, 32 for float; None: the student's `weight_bits`
     activation_bits: int | None = None  # 2..8, 32 for float; None: its `activation_bits`
+    # contraction entries per scale, 0 for one scale per channel; None: its `weight_group_size`
+    weight_group_size: int | None = None
 
     def __post_init__(self):
         _check(bool(self.pattern), "pattern='': expected a regular expression; all layers: '.*'.")
@@ -128,6 +130,8 @@ class RuleConfig:
         for name in ('weight_bits', 'activation_bits'):
             if getattr(self, name) is not None:
                 _check_bits(name, getattr(self, name))
+        if self.weight_group_size is not None:
+            _check_at_least(self, 0, 'weight_group_size')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

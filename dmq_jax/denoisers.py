@@ -375,14 +375,16 @@ def make_plan(layers: Mapping[str, QuantizableLayer], config: QuantConfig) -> di
       ValueError: see `quant.plan.make_plan`.
     """
 
-    def spec(weight_bits: int, activation_bits: int, *, edge: bool = False) -> LayerSpec:
+    def spec(
+        weight_bits: int, activation_bits: int, group_size: int | None, *, edge: bool = False
+    ) -> LayerSpec:
         weight = inputs = None
         if weight_bits != FLOAT_BITS:
             weight = QuantSpec(
                 bits=weight_bits,
                 symmetric=config.weight_symmetric,
                 per_channel=True,
-                group_size=config.weight_group_size,
+                group_size=group_size or None,
                 observer=config.weight_observer,
                 percentile=config.percentile,
             )
@@ -398,7 +400,7 @@ def make_plan(layers: Mapping[str, QuantizableLayer], config: QuantConfig) -> di
             weight=weight, inputs=inputs, per_timestep=per_timestep, trainable=not edge
         )
 
-    def width(own: int | None, default: int) -> int:
+    def width(own: int | None, default: int | None) -> int | None:
         return default if own is None else own
 
     rules = [
@@ -407,17 +409,19 @@ def make_plan(layers: Mapping[str, QuantizableLayer], config: QuantConfig) -> di
             spec=spec(
                 width(rule.weight_bits, config.weight_bits),
                 width(rule.activation_bits, config.activation_bits),
+                width(rule.weight_group_size, config.weight_group_size),
             ),
         )
         for rule in config.rules
     ]
-    target = spec(config.weight_bits, config.activation_bits)
+    target = spec(config.weight_bits, config.activation_bits, config.weight_group_size)
     if config.coverage == 'paper':
         edge_bits = (
             FLOAT_BITS if bits == FLOAT_BITS else 8
             for bits in (config.weight_bits, config.activation_bits)
         )
-        edge = spec(*edge_bits, edge=True)
+        # First and last layers have too few channels to divide into groups.
+        edge = spec(*edge_bits, None, edge=True)
         rules += paper_rules(target, edge)
     elif config.coverage == 'full':
         rules += full_rules(target)

@@ -53,9 +53,7 @@ def problem():
     low, high = np.full(NUM_STEPS, -2, np.float32), np.full(NUM_STEPS, 3, np.float32)
     seen = TensorStats(low, high, np.stack([low, high], axis=-1))
     stats = {path: dict.fromkeys(INPUT_ROLES[layers[path].kind], seen) for path in plan}
-    method = methods.make(
-        EfficientDMConfig(lora_rank=2, lora_rate_per_scale=0.05), plan
-    )
+    method = methods.make(EfficientDMConfig(lora_rank=2, lora_rate_per_scale=0.05), plan)
     state = jax.jit(method.init)(params, stats, jax.random.key(1))
     return teacher, method, state, plan
 
@@ -98,9 +96,7 @@ def test_loss_and_gradients_are_the_same_on_one_and_on_eight_devices(problem):
         device_mesh = mesh.make_mesh(data)
         replicated = mesh.replicate(device_mesh, (state, teacher.params))
         batch = mesh.shard_batch(device_mesh, (x, t, y))
-        (value, _), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(
-            *replicated, *batch
-        )
+        (value, _), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(*replicated, *batch)
         results.append((float(value), jax.device_get(gradients)))
     (one, gradients_one), (eight, gradients_eight) = results
     assert abs(one - eight) < TOLERANCE * abs(one)
@@ -198,7 +194,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(problem, tmp_path, monk
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(problem, tmp_path):
     teacher, method, state, plan = problem
-    broken = method._replace(loss=lambda student, target: jnp.sum(student) * jnp.nan)
+    broken = method._replace(loss=lambda student, target: jnp.sum(student.output) * jnp.nan)
     with pytest.raises(FloatingPointError, match='loss is nan at step 1'):
         run((teacher, broken, state, plan), make_config(), tmp_path)
 

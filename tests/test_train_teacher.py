@@ -1,0 +1,160 @@
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dmq_jax import config as config_lib
+from dmq_jax import denoisers, train_teacher
+from dmq_jax.metrics import classifier
+from dmq_jax.runtime import log
+from tests import tiny
+
+NUM_ITERATIONS = 4
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp('data') / 'bars.npz'
+    images, labels = tiny.real_images(48)
+    np.savez(path, train_images=images, train_labels=labels,
+             test_images=images[:12], test_labels=labels[:12])  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled_once(tmp_path_factory):
+    with tiny.compilation_cache(tmp_path_factory.mktemp('compiled')):
+        yield
+
+
+def make_config(data, **changes):
+    return config_lib.from_config_dict(
+        {
+            'name': 'bars',
+            'dataset': {'path': str(data), 'image_size': 12, 'num_classes': 3},
+            'network': {
+                'channels': (8,), 'attention': (False,), 'num_groups': 4, 'patch_size': 2,
+                'head_dim': None,
+            },
+            'classifier': {'num_epochs': 1, 'batch_size': 16},
+            'num_iterations': NUM_ITERATIONS, 'batch_size': 8, 'warmup_iterations': 2,
+            'log_every': 3, 'checkpoint_every': 2, 'preview_every': 100,
+            **changes,
+        },
+        config_lib.TrainTeacherConfig,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(data, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('whole')
+    train_teacher.run(make_config(data), workdir)
+    return workdir
+
+
+class Killed(BaseException):
+    """What a kill is to the code: nothing catches it."""
+
+
+def test_an_interrupted_training_ends_with_the_same_weights(
+    data, uninterrupted, tmp_path, monkeypatch
+):
+    save = train_teacher.Checkpoints.save
+
+    def save_and_die(self, step, tree):
+        save(self, step, tree)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_teacher.Checkpoints, 'save', save_and_die)
+        with pytest.raises(Killed):
+            train_teacher.run(make_config(data), tmp_path)
+    assert not (tmp_path / 'bars_teacher.safetensors').exists()
+    # What only decides how often something is written may change.
+    train_teacher.run(make_config(data, log_every=1), tmp_path)
+    expected = denoisers.load_teacher(uninterrupted / 'bars_teacher.safetensors')
+    found = denoisers.load_teacher(tmp_path / 'bars_teacher.safetensors')
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+    assert [line['step'] for line in log.read_metrics(tmp_path)] == [2, 3, 4]
+
+
+def test_every_file_is_there_and_they_belong_together(uninterrupted):
+    teacher = denoisers.load_teacher(uninterrupted / 'bars_teacher.safetensors')
+    assert teacher.info.image_shape == (12, 12, 1)
+    assert teacher.info.num_classes == 3 and teacher.network.num_class_embeds == 4
+    network = classifier.load_classifier(uninterrupted / 'bars_classifier.safetensors')
+    reference = classifier.load_reference(uninterrupted / 'bars_reference.npz', network)
+    assert reference.statistics.count == 48
+    assert json.loads((uninterrupted / 'config.json').read_text())['name'] == 'bars'
+    lines = log.read_metrics(uninterrupted)
+    # Every log_every, and at each checkpoint, so that none holds weights that are not finite.
+    assert [line['step'] for line in lines] == [2, 3, 4]
+    assert all(np.isfinite(line['loss']) for line in lines)
+
+
+def test_other_options_in_the_same_folder_are_refused(data, uninterrupted):
+    with pytest.raises(ValueError, match='label_dropout was 0.1, now 0.5'):
+        train_teacher.run(make_config(data, label_dropout=0.5), uninterrupted)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(data, uninterrupted, tmp_path):
+    for name in ('bars_classifier.safetensors',):
+        (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
+    config = make_config(data, learning_rate=1e30, warmup_iterations=0)
+    with pytest.raises(FloatingPointError, match=r'at step 2; lower learning_rate'):
+        train_teacher.run(config, tmp_path)
+    assert not list((tmp_path / 'checkpoints').glob('[0-9]*'))
+
+
+@pytest.mark.parametrize(
+    'arrays, text',
+    [
+        ({'arr_0': np.zeros((4, 8, 8, 1), np.uint8)}, 'no labels; a class-conditional teacher'),
+        (
+            {'train_images': np.zeros((4, 8, 8, 1), np.uint8), 'train_labels': np.arange(4)},
+            r'labels 0\.\.3, expected 0\.\.2 \(dataset.num_classes\)',
+        ),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(tmp_path, arrays, text):
+    np.savez(tmp_path / 'bad.npz', **arrays)
+    config = config_lib.DatasetConfig(path=str(tmp_path / 'bad.npz'), image_size=8, num_classes=3)
+    with pytest.raises(ValueError, match=text):
+        train_teacher.load_dataset(config, 'train')
+
+
+def test_smaller_images_are_padded(data):
+    config = config_lib.DatasetConfig(path=str(data), image_size=12, num_classes=3)
+    dataset = train_teacher.load_dataset(config, 'test')
+    assert dataset.images.shape == (12, 12, 12, 1)
+    assert dataset.images[:, 2:-2, 2:-2].any() and not dataset.images[:, :2].any()
+
+
+@pytest.mark.parametrize('prediction', ['eps', 'v'])
+def test_the_loss_of_a_perfect_network_is_zero(prediction):
+    info = dataclasses.replace(tiny.INFO, prediction=prediction)
+    images = np.random.default_rng(0).uniform(-1, 1, (6, 8, 8, 1)).astype(np.float32)
+    seen = []
+
+    def perfect(params, x_t, t, labels):
+        """Knows the images, and so the noise."""
+        alpha_cumprod = train_teacher.alphas_cumprod(info.schedule)[t][:, None, None, None]
+        alpha, sigma = np.sqrt(alpha_cumprod), np.sqrt(1 - alpha_cumprod)
+        eps = (np.asarray(x_t, np.float64) - alpha * images) / sigma
+        seen.append((np.asarray(t), np.asarray(labels)))
+        target = eps if prediction == 'eps' else alpha * eps - sigma * images
+        return jax.numpy.asarray(target, jax.numpy.float32)
+
+    denoiser = tiny.teacher()._replace(predict=perfect, info=info)
+    labels = jax.numpy.arange(6) % 3
+    loss = train_teacher.diffusion_loss(
+        denoiser, None, images, labels, jax.random.key(0), label_dropout=0.5
+    )
+    # eps divides by sigma >= 0.03, which magnifies float32 rounding of x_t.
+    assert loss < 1e-8
+    t, classes = seen[0]
+    assert t.min() >= 0 and t.max() < info.schedule.num_train_timesteps and len(set(t)) > 1
+    assert ((classes == labels) | (classes == info.num_classes)).all()
+    assert (classes == info.num_classes).any() and (classes != info.num_classes).any()
