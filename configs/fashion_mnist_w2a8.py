@@ -1,6 +1,6 @@
 """Fashion-MNIST at W2A8: round to nearest against EfficientDM, 3000 iterations.
 
-    python -m dmq_jax.main --config=configs/fashion_mnist_w2a8.py --workdir=runs/fashion_mnist_w2a8
+python -m dmq_jax.main --config=configs/fashion_mnist_w2a8.py --workdir=runs/fashion_mnist_w2a8
 """
 
 from dmq_jax.config import base, student

@@ -1,6 +1,6 @@
 """What each part of EfficientDM brings at W4A4, at 600 iterations each.
 
-    python -m dmq_jax.main --config=configs/fashion_mnist_w4a4_ablation.py --workdir=runs/ablation
+python -m dmq_jax.main --config=configs/fashion_mnist_w4a4_ablation.py --workdir=runs/ablation
 """
 
 from dmq_jax.config import base, student
@@ -20,8 +20,6 @@ def get_config():
         'on_dequantized': student(
             {'name': 'efficientdm', 'base': 'dequantized'}, finetune=finetune
         ),
-        'one_trajectory': student(
-            'efficientdm', finetune=finetune | {'positions': 'trajectory'}
-        ),
+        'one_trajectory': student('efficientdm', finetune=finetune | {'positions': 'trajectory'}),
     }
     return config

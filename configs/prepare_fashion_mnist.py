@@ -26,7 +26,9 @@ def unpack(folder: pathlib.Path, split: str) -> np.ndarray:
 if __name__ == '__main__':
     source, target = map(pathlib.Path, sys.argv[1:3])
     target.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {f'{split}_images': unpack(source, split) for split in ('train', 'test')}
-    arrays |= {f'{split}_labels': np.load(source / f'{split}_labels.npy') for split in ('train', 'test')}
+    arrays = {}
+    for split in ('train', 'test'):
+        arrays[f'{split}_images'] = unpack(source, split)
+        arrays[f'{split}_labels'] = np.load(source / f'{split}_labels.npy')
     np.savez_compressed(target, **arrays)
     print({name: array.shape for name, array in arrays.items()})

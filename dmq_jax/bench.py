@@ -236,7 +236,7 @@ def peak_rss_mb() -> float:
 
 
 def measure_alone(name: str) -> float:
-    """The peak memory of a process that runs one row three times, and nothing else."""
+    """The peak memory of a process that sets up, compiles and runs one row and the teacher's."""
     command = [sys.executable, '-m', 'dmq_jax.bench', f'--rows={name}', '--num_rounds=1']
     command += [f'--model={_MODEL.value}', f'--batch_size={_BATCH_SIZE.value}', '--nomemory']
     command += [f'--num_steps={_NUM_STEPS.value}', '--json=/dev/stdout']

@@ -63,11 +63,9 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = STAGES) -> None:
     """
     reference = evaluate.load_reference(config.evaluate)  # first: fails in a second, not in a day
     context = open_run(config, workdir, reference)
-    log.write_json(
-        workdir / 'config.json',
-        {'config': config_lib.to_dict(config), 'versions': log.versions(),
-         'revision': log.git_revision(), 'device': jax.devices()[0].device_kind},
-    )  # fmt: skip
+    # A run refused for its options must not replace the record of the one before it.
+    if not (workdir / 'config.json').is_file():
+        record(context)
     if 'calibrate' in stages and config.students:
         calibration(context)
     for name in config.students:
@@ -83,9 +81,19 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = STAGES) -> None:
     if 'analyse' in stages:
         for name in config.students:
             analyse(context, name)
+    record(context)
     if 'report' in stages:
         report.run(workdir, config.report)
         print(f'report: {workdir / "report.html"}')
+
+
+def record(context: Run) -> None:
+    """Writes `config.json`: the options, versions and device of the run."""
+    log.write_json(
+        context.workdir / 'config.json',
+        {'config': config_lib.to_dict(context.config), 'versions': log.versions(),
+         'revision': log.git_revision(), 'device': jax.devices()[0].device_kind},
+    )  # fmt: skip
 
 
 def open_run(config: Config, workdir: Path, reference: evaluate.Reference) -> Run:

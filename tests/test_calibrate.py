@@ -74,9 +74,7 @@ def test_rows_are_what_is_seen_at_each_timestep_of_a_manual_loop():
     assert result.timesteps.tolist() == sorted(result.timesteps.tolist(), reverse=True)
     assert len(result.timesteps) == tiny.SAMPLER.num_steps
     assert result.stats.keys() == tiny.observed().keys()
-    assert_close_stats(
-        samples_of_first_batch(result.stats), samples_of_first_batch(manual_loop())
-    )
+    assert_close_stats(samples_of_first_batch(result.stats), samples_of_first_batch(manual_loop()))
 
 
 def test_merged_statistics_cover_every_batch():

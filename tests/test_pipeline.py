@@ -121,6 +121,7 @@ def start(config_file, workdir, compiled, *arguments):
 def metrics_of(workdir):
     """`metrics.json` without what depends on the machine's speed."""
     metrics = json.loads((workdir / 'metrics.json').read_text())
+    del metrics['protocol']['revision']  # somebody may commit in between
     for row in metrics['rows']:
         for name in TIMINGS:
             del row[name]
@@ -128,9 +129,9 @@ def metrics_of(workdir):
 
 
 def contents(workdir):
-    """Bytes of every file of every artefact."""
-    roots = [workdir / name for name in ('calibration', 'students', 'samples')]
-    return {f: f.read_bytes() for root in roots for f in sorted(root.rglob('*')) if f.is_file()}
+    """Bytes of every file but the report, which is drawn anew by every call."""
+    files = [f for f in sorted(workdir.rglob('*')) if f.is_file() and f.name != 'report.html']
+    return {f: f.read_bytes() for f in files}
 
 
 def test_every_artefact_is_there_and_complete(whole):
@@ -178,7 +179,7 @@ def test_metrics_have_a_protocol_and_a_row_per_network(whole):
     assert protocol['num_images'] == NUM_IMAGES and protocol['reference_images'] == 60
     assert protocol['sampler']['num_steps'] == 2 and protocol['mode'] == 'integer'
     rows = {row['name']: row for row in metrics['rows']}
-    assert list(rows) == ['teacher', 'rtn', 'edm']
+    assert list(rows) == ['teacher', 'edm', 'rtn']  # a ConfigDict sorts its names
     for row in rows.values():
         for name in ('fd', 'precision', 'recall', 'class_accuracy', 'images_per_second'):
             assert row[name] >= 0, name
@@ -195,16 +196,18 @@ def test_a_second_call_changes_nothing(whole, config_file, monkeypatch):
         monkeypatch.setattr(stage, 'run', None)
     monkeypatch.setattr(pipeline.exporting, 'make', None)
     monkeypatch.setattr(pipeline.sampling, 'batches', None)
-    before, metrics = contents(whole), (whole / 'metrics.json').read_text()
+    before = contents(whole)
     pipeline.run(read_config(config_file), whole)
     assert contents(whole) == before
-    assert (whole / 'metrics.json').read_text() == metrics
 
 
 @pytest.mark.parametrize(
     'changes, text',
     [
-        ({'calibrate__num_images': 16}, r'calibration was made.*calibrate.num_images was 8, now 16'),
+        (
+            {'calibrate__num_images': 16},
+            r'calibration was made.*calibrate.num_images was 8, now 16',
+        ),
         ({'seed': 4}, 'seed was 3, now 4'),
         ({'students__edm__method__lora_rank': 3}, 'student.method.lora_rank was 2, now 3'),
         ({'students__rtn__quant__weight_bits': 4}, 'student.quant.weight_bits was 3, now 4'),
@@ -265,9 +268,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(config_file, tmp_path, monk
         ({'evaluate__reference': 'nowhere'}, 'nowhere'),
     ],
 )
-def test_what_can_fail_cheaply_fails_before_anything_is_made(
-    config_file, tmp_path, changes, text
-):
+def test_what_can_fail_cheaply_fails_before_anything_is_made(config_file, tmp_path, changes, text):
     good = {'mesh__data': 8, 'sample__batch_size': 8, 'students__edm__finetune__batch_size': 8}
     with pytest.raises((ValueError, FileNotFoundError), match=text) as caught:
         pipeline.run(read_config(config_file, **good | changes), tmp_path)
@@ -275,15 +276,14 @@ def test_what_can_fail_cheaply_fails_before_anything_is_made(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
-    whole, config_file, tmp_path
-):
-    shutil.copytree(whole / 'calibration', tmp_path / 'calibration')
-    config = read_config(
-        config_file, students__edm__method__lora_rate_per_scale=1e30,
-        students__edm__method__weight_scale_learning_rate=1e30,
-        students__edm__method__input_scale_learning_rate=1e30,
-    )  # fmt: skip
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config_file, tmp_path):
+    teacher = denoisers.load_teacher(config_file.parent / 'teacher.safetensors')
+    params = {
+        **teacher.params,
+        'conv_out': jax.tree.map(lambda a: a / 0, teacher.params['conv_out']),
+    }
+    denoisers.save_teacher(tmp_path / 'broken.safetensors', teacher._replace(params=params))
+    config = read_config(config_file, teacher__path=str(tmp_path / 'broken.safetensors'))
     with pytest.raises(FloatingPointError, match=r'finetune edm: loss is .* at step 4') as caught:
         pipeline.run(config, tmp_path, ['finetune'])
     assert command_line._is_users(caught.value)
@@ -345,13 +345,12 @@ def test_a_run_killed_again_and_again_ends_with_the_same_metrics(
     assert metrics_of(tmp_path) == metrics_of(whole)
 
 
-def test_a_mistake_on_the_command_line_is_one_message_and_status_2(
-    config_file, compiled, tmp_path
-):
+def test_a_mistake_on_the_command_line_is_one_message_and_status_2(config_file, compiled, tmp_path):
     process = start(
-        config_file, tmp_path, compiled, '--config.mesh.data=8', '--config.sample.batch_size=12'
-    )
+        config_file, tmp_path, compiled, '--config.mesh.data=8', '--config.sample.batch_size=12',
+        '--config.students.edm.finetune.batch_size=8',
+    )  # fmt: skip
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 2
-    assert errors.strip().splitlines()[-1].startswith('Error: sample.batch_size=12 is not divisible')
+    assert errors.strip().splitlines()[-1].startswith('Error: sample.batch_size=12 is not')
     assert 'Traceback' not in errors

@@ -20,8 +20,13 @@ def draw(batch_size, *, start=0, devices=None, num_images=NUM_IMAGES):
     labels = sampling.balanced_labels(num_images, tiny.NUM_CLASSES)
     return list(
         sampling.batches(
-            tiny.teacher(), SAMPLER, labels=labels, num_images=num_images, key=jax.random.key(4),
-            batch_size=batch_size, start=start,
+            tiny.teacher(),
+            SAMPLER,
+            labels=labels,
+            num_images=num_images,
+            key=jax.random.key(4),
+            batch_size=batch_size,
+            start=start,
             device_mesh=None if devices is None else mesh.make_mesh(devices),
         )  # fmt: skip
     )

@@ -18,8 +18,7 @@ Geometry = tuple[tuple[int, int], Pads] | None  # strides and padding; None for 
 def integers_are_faster() -> bool:
     """Whether a training step takes the values of its products from integers here.
 
-    On CPU (see kernels/README.md); on accelerators float products are the faster ones unless a
-    kernel is written for the shape.
+    On CPU only (see kernels/README.md); elsewhere it has not been measured.
     """
     return jax.default_backend() == 'cpu'
 

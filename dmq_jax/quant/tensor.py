@@ -70,7 +70,8 @@ def scale_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, ...]:
         if shape[-2] % spec.group_size:
             raise ValueError(
                 f'group_size={spec.group_size} does not divide the {shape[-2]} inputs of a weight '
-                f'of shape {shape}; choose a divisor, or give this layer a rule with weight_group_size=0.'
+                f'of shape {shape}; choose a divisor, or give this layer a rule with '
+                f'weight_group_size=0.'
             )
         groups = shape[-2] // spec.group_size
     return (1,) * (len(shape) - 2) + (groups, shape[-1])

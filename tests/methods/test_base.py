@@ -37,7 +37,9 @@ def test_the_loss_is_the_squared_distance_per_image():
     a, b = (rng.standard_normal((3, 2, 2, 1)).astype(np.float32) for _ in range(2))
     want = np.mean([np.sum((a[i].astype(np.float64) - b[i]) ** 2) for i in range(3)])
     # A float32 sum of 12 squares.
-    assert float(base.output_loss(base.Prediction(a), base.Prediction(b))) == pytest.approx(want, rel=12 * EPS)
+    assert float(base.output_loss(base.Prediction(a), base.Prediction(b))) == pytest.approx(
+        want, rel=12 * EPS
+    )
     twice = base.output_loss(
         base.Prediction(np.concatenate([a, a])), base.Prediction(np.concatenate([b, b]))
     )
