@@ -52,13 +52,14 @@ def test_fine_tuning_goes_on_only_with_the_options_it_began_with(teacher, tmp_pa
         calls.append((config.num_iterations, options['workdir']))
         return api.finetune.Finetuned(state, 0.0)
 
-    monkeypatch.setattr(api.calibrate, 'run', lambda *_, **__: tiny.calibration())
+    calibration = tiny.calibration()
+    monkeypatch.setattr(api.calibrate, 'run', lambda *_, **__: calibration)
     monkeypatch.setattr(api.finetune, 'run', finetune)
 
-    def quantize(**changes):
+    def quantize(schedule='linear'):
         return dmq_jax.quantize(
             teacher, 'efficientdm', num_iterations=2, workdir=tmp_path,
-            method_options={'lora_rank': 2}, finetune_options=changes,
+            method_options={'lora_rank': 2}, finetune_options={'schedule': schedule},
             **QUANT | {'coverage': 'rules', 'rules': RULES},
         )  # fmt: skip
 

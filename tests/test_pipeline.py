@@ -47,6 +47,7 @@ def get_config(arg=None):
         dict(name='efficientdm', lora_rank=2),
         quant=quant,
         finetune=dict(num_iterations={num_iterations}, batch_size=2, log_every=4,
+                      positions='trajectory', schedule='linear',
                       checkpoint_every={checkpoint_every},
                       sampler=dict(num_steps=2, eta=1.0)),
     )
