@@ -258,7 +258,7 @@ class SampleConfig:
 class EvaluateConfig:
     """What the images are compared with, and in which feature space."""
 
-    features: str = 'bundled'  # feature network: 'bundled', or a file of Inception-v3 weights
+    features: str = 'bundled'  # 'bundled', or a classifier that train_teacher wrote
     reference: str = 'fashion_mnist'  # bundled statistics, or an .npz of images or statistics
 
     def __post_init__(self):

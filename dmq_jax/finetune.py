@@ -28,6 +28,9 @@ from dmq_jax.runtime import log, mesh
 from dmq_jax.runtime.checkpoint import Checkpoints
 from dmq_jax.runtime.progress import progress
 
+# What is split over the devices of a mesh, by path of the train state; first match wins.
+SHARDING_RULES = (('positions/.*', ('data',)), ('.*', ()))
+
 
 class Positions(NamedTuple):
     """Where each image of the batch stands on its trajectory.
@@ -238,9 +241,10 @@ def run(
     train_step = make_train_step(teacher, loss, optimizer, config)
     params = mesh.replicate(device_mesh, teacher.params)
     positions = jax.jit(functools.partial(start_positions, teacher, sampler, config))(params, key)
-    train = mesh.replicate(device_mesh, (state, optimizer.init(state), jnp.zeros((), jnp.int32)))
-    train = TrainState(*train[:2], mesh.shard_batch(device_mesh, positions), train[2])
-    # A copy: the step donates its state, and leaves may be shared with the caller's.
+    train = TrainState(state, optimizer.init(state), positions, jnp.zeros((), jnp.int32))
+    train = jax.device_put(train, mesh.shardings(device_mesh, train, SHARDING_RULES))
+    # A copy: the step donates its state, and leaves may be shared with the caller's or be the
+    # same array twice (moments that all start from one zero).
     train = jax.tree.map(jnp.copy, train)
 
     with Checkpoints(workdir / 'checkpoints', config.max_to_keep) as checkpoints:
@@ -256,22 +260,29 @@ def run(
                 train, value = train_step(train, params, sampler, key)
                 losses.append(value)
                 done = step + 1
-                if done % config.log_every == 0 or done == config.num_iterations:
-                    mean = float(np.mean(jax.device_get(losses)))
-                    if not np.isfinite(mean):
-                        raise FloatingPointError(
-                            f'{description}: loss is {mean} at step {done}; lower the learning '
-                            f'rates, or check the calibration. Checkpoints up to '
-                            f'{checkpoints.latest()} are kept.'
-                        )
+                is_last = done == config.num_iterations
+                is_saved = is_last or done % config.checkpoint_every == 0
+                if is_saved or done % config.log_every == 0:
+                    # Before a checkpoint too: one with a state of NaN could never be left again.
+                    mean = _checked_mean(losses, description, done, checkpoints.latest())
                     writer.write_scalars(done, {'loss': mean})
                     bar.note(f'loss {mean:.4g}')
                     losses = []
-                if done % config.checkpoint_every == 0 or done == config.num_iterations:
+                if is_saved:
                     now_s = spent_s + time.monotonic() - began
                     checkpoints.save(done, (train, jnp.asarray(now_s, jnp.float32)))
         duration_s = spent_s + time.monotonic() - began
     return Finetuned(jax.device_get(train.state), duration_s)
+
+
+def _checked_mean(losses: list[Array], description: str, step: int, latest: int | None) -> float:
+    mean = float(np.mean(jax.device_get(losses)))
+    if not np.isfinite(mean):
+        raise FloatingPointError(
+            f'{description}: loss is {mean} at step {step}; lower the learning rates, or check the '
+            f'calibration. Checkpoints up to {latest} are kept.'
+        )
+    return mean
 
 
 def save(path: str | os.PathLike, result: Finetuned) -> None:

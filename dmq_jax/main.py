@@ -17,9 +17,6 @@ from dmq_jax.config import Config, describe
 
 _STAGES = flags.DEFINE_list('stages', None, 'Stages to run, comma-separated; all if not given.')
 _DRY_RUN = flags.DEFINE_bool('dry-run', False, 'Print options and plan, then stop.')
-_DISTRIBUTED = flags.DEFINE_bool(
-    'distributed', False, 'Join the other processes of a Slurm job, an MPI job or a TPU pod.'
-)
 
 
 def run(config: Config, workdir: Path | None) -> None:
@@ -37,10 +34,6 @@ def run(config: Config, workdir: Path | None) -> None:
 
     stages = pipeline.STAGES if _STAGES.value is None else tuple(_STAGES.value)
     check_stages(stages, pipeline.STAGES)
-    if _DISTRIBUTED.value:
-        import jax
-
-        jax.distributed.initialize()
     if workdir is None:
         print(describe(config))
         pipeline.dry_run(config)

@@ -316,6 +316,13 @@ def measure(context: Run, reference: evaluate.Reference) -> None:
         'revision': log.git_revision(),
     }
     log.write_json(context.workdir / 'metrics.json', {'protocol': protocol, 'rows': rows})
+    with log.make_writer(context.workdir) as writer:
+        for row in rows:
+            numbers = {k: v for k, v in row.items() if isinstance(v, float)}
+            writer.write_scalars(0, {f'{row["name"]}/{k}': v for k, v in numbers.items()})
+            images = samples(context, row['name'])['arr_0'][: config.report.grid_size**2]
+            grid = sampling.image_grid(images, columns=config.report.grid_size)
+            writer.write_images(0, {f'{row["name"]}/samples': grid})
     for line in report.metrics_table(protocol, rows):
         print(line)
 

@@ -6,4 +6,5 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh" requirements-test.txt requirements.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest "$@"
+# One process per core; a file stays whole, since its tests share what they compile.
+exec .venv/bin/python -m pytest -n auto --dist loadfile "$@"

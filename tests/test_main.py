@@ -156,7 +156,7 @@ def test_help_names_every_option():
         text=True,
         timeout=60,
     )
-    options = 'config', 'workdir', 'stages', 'dry-run', 'debug', 'distributed'
+    options = 'config', 'workdir', 'stages', 'dry-run', 'debug'
     assert all(option in done.stdout for option in options)
 
 
