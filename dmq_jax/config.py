@@ -213,6 +213,8 @@ class FinetuneConfig:
     sampler: SamplerConfig = SamplerConfig()  # draws the x_t the two are compared at
     # 'trajectory': a batch descends all timesteps together; 'staggered': one start per image
     positions: Literal['trajectory', 'staggered'] = 'staggered'
+    # 'prediction': compare what the two predict; 'step': where it takes the sampler next
+    target: Literal['prediction', 'step'] = 'step'
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
     schedule: Literal['linear', 'cosine'] = 'cosine'  # decay of the learning rates to zero
     checkpoint_every: int = 200  # optimizer steps between checkpoints

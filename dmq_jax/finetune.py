@@ -23,6 +23,7 @@ from dmq_jax import denoisers
 from dmq_jax.config import FinetuneConfig
 from dmq_jax.diffusion import samplers
 from dmq_jax.methods.base import Method, Prediction, State
+from dmq_jax.quant.layers import per_image
 from dmq_jax.quant.plan import Plan
 from dmq_jax.runtime import log, mesh
 from dmq_jax.runtime.checkpoint import Checkpoints
@@ -147,7 +148,10 @@ def make_loss(
     lookup: str,
     config: FinetuneConfig,
 ) -> Callable[..., tuple[Float[Array, ''], Array]]:
-    """(state, params, x, t, y) -> (loss, teacher's prediction); differentiable in the state."""
+    """(state, params, x, t, y, gain) -> (loss, teacher's prediction); differentiable in the state.
+
+    `gain` ([] or [B]) multiplies both outputs before they are compared; see `step_gain`.
+    """
     network = teacher.network
     if method.features is not None:
         network = denoisers.Capturing(network, method.features)
@@ -159,15 +163,34 @@ def make_loss(
     if config.remat:
         predict_student = jax.checkpoint(predict_student)
 
+    def weighed(predicted: Prediction, gain: Array) -> Prediction:
+        return predicted._replace(output=predicted.output * per_image(gain, 4))
+
     def prediction(predicted) -> Prediction:
         return Prediction(*predicted) if isinstance(predicted, tuple) else Prediction(predicted)
 
-    def loss(state, params, x, t, y):
+    def loss(state, params, x, t, y, gain):
         target = jax.lax.stop_gradient(prediction(predict_teacher(params, x, t, y)))
         bound = denoisers.training_params(params, method.bind(params, state), timesteps)
-        return method.loss(prediction(predict_student(bound, x, t, y)), target), target.output
+        student_says = prediction(predict_student(bound, x, t, y))
+        value = method.loss(weighed(student_says, gain), weighed(target, gain))
+        return value, target.output
 
     return loss
+
+
+def step_gain(sampler: samplers.Sampler, target: str) -> Float[Array, 'S']:
+    """What multiplies the two predictions at each position before they are compared.
+
+    Args:
+      sampler: of the trajectories.
+      target: 'prediction' compares them as they are (EfficientDM's code); 'step' compares where
+        they take the sampler next (the mean mu of its paper's eq. 7), scaled to a mean square of 1.
+    """
+    if target == 'prediction':
+        return jnp.ones(sampler.timesteps.shape)
+    gain = samplers.prediction_gain(sampler)
+    return gain / jnp.sqrt(jnp.mean(gain**2))
 
 
 def make_train_step(
@@ -187,10 +210,12 @@ def make_train_step(
     def train_step(train, params, sampler, key):
         positions = train.positions
         t = jnp.asarray(sampler.timesteps)[positions.index]
+        gain = step_gain(sampler, config.target)[positions.index]
         # On a common trajectory all images are at one timestep: scalar rows, less work.
-        t = t[0] if config.positions == 'trajectory' else t
+        if config.positions == 'trajectory':
+            t, gain = t[0], gain[0]
         (value, target), gradients = jax.value_and_grad(loss, has_aux=True)(
-            train.state, params, positions.carry.x, t, positions.labels
+            train.state, params, positions.carry.x, t, positions.labels, gain
         )
         # optax raises a float to its int32 step count, which strict promotion forbids.
         with jax.numpy_dtype_promotion('standard'):

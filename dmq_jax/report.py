@@ -184,9 +184,17 @@ def describe_student(options: Mapping[str, Any]) -> str:
     return ', '.join(words)
 
 
-def find_baseline(rows: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The student that the others must beat: round to nearest, static if there is one."""
+def find_baseline(rows: Mapping[str, Mapping[str, Any]], like: str | None = None) -> str | None:
+    """The student that another must beat: round to nearest, static if there is one.
+
+    Args:
+      rows: of `metrics.json` by name.
+      like: the student to be judged; a baseline of its bits and coverage is preferred.
+    """
     plain = [n for n, row in rows.items() if row.get('method') == 'round_to_nearest']
+    if like is not None:
+        equals = [n for n in plain if _setting(rows[n]) == _setting(rows[like])]
+        plain = equals or plain
     static = [n for n in plain if not rows[n].get('per_timestep')]
     # Among several, the narrowest: it leaves the most to win.
     return min(static or plain, key=lambda n: _bits(rows[n]), default=None)
@@ -201,6 +209,10 @@ def find_best(rows: Mapping[str, Mapping[str, Any]]) -> str | None:
     return min(equals or others or students, key=lambda n: rows[n]['fd'], default=None)
 
 
+def _setting(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return *_bits(row), row.get('coverage')
+
+
 def _bits(row: Mapping[str, Any]) -> tuple[int, int]:
     return row['weight_bits'], row['activation_bits']
 
@@ -210,8 +222,10 @@ def closed_gap(rows: Mapping[str, Mapping[str, Any]], name: str) -> float | None
 
     1 is as good as the teacher, 0 no better than the baseline; None without a gap to close.
     """
-    baseline = find_baseline(rows)
-    if baseline is None or TEACHER not in rows or name in (baseline, TEACHER):
+    if TEACHER not in rows or name == TEACHER:
+        return None
+    baseline = find_baseline(rows, name)
+    if baseline is None or name == baseline:
         return None
     gap = rows[baseline]['fd'] - rows[TEACHER]['fd']
     return (rows[baseline]['fd'] - rows[name]['fd']) / gap if gap > 0 else None
@@ -223,7 +237,7 @@ def verdict(found: Artefacts) -> str:
     best = find_best(rows)
     if best is None or TEACHER not in rows:
         return 'There are no metrics yet: the stage <code>evaluate</code> makes them.'
-    row, teacher, baseline = rows[best], rows[TEACHER], find_baseline(rows)
+    row, teacher, baseline = rows[best], rows[TEACHER], find_baseline(rows, best)
     distance = _text(found.metrics['protocol']['distance'])
     share = closed_gap(rows, best)
     numbers = f'{format_number(row["fd"])}, teacher {format_number(teacher["fd"])}'
@@ -552,8 +566,8 @@ def _gap_sentence(rows: Mapping[str, Mapping[str, Any]], students: Sequence[str]
     if not parts:
         return ''
     return (
-        f'Share of the distance between {_text(find_baseline(rows))} and the teacher that is '
-        f'closed: {", ".join(parts)}.'
+        f'Share of the distance to the teacher that is closed, counted from round to nearest of '
+        f'the same bits and coverage (static where there is one): {", ".join(parts)}.'
     )
 
 

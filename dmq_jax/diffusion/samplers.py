@@ -192,6 +192,21 @@ def make_sampler(
     )
 
 
+def prediction_gain(sampler: Sampler) -> Float[Array, 'S']:
+    """How far one step moves x per unit of the network's prediction, at each position.
+
+    An error of size e in the prediction at position i puts an error gain[i] * e into the next x:
+    weighing errors by it compares the means of the next step, mu in DDPM, instead of predictions.
+    """
+    weights = {name: jnp.asarray(table) for name, table in sampler.weights.items()}
+    alpha, sigma = weights['alpha'], weights['sigma']
+    none = jnp.zeros_like(alpha)
+    by_x_0, by_eps = weights.get('x_0', none), weights.get('eps', none)
+    if sampler.prediction == 'v':
+        return by_eps * alpha - by_x_0 * sigma
+    return by_eps - by_x_0 * sigma / alpha
+
+
 def _check_timesteps(timesteps, num_train_timesteps):
     timesteps = np.asarray(timesteps)
     if (
