@@ -1,4 +1,4 @@
-"""Fashion-MNIST at W4A8: round to nearest against EfficientDM, 1000 iterations.
+"""Fashion-MNIST at W4A8: round to nearest against EfficientDM, 500 iterations.
 
 python -m dmq_jax.main --config=configs/fashion_mnist_w4a8.py --workdir=runs/fashion_mnist_w4a8
 """
@@ -13,6 +13,6 @@ def get_config():
     config.students = {
         'rtn_static': student(quant=bits | {'per_timestep': False}),
         'rtn': student(quant=bits),
-        'efficientdm': student('efficientdm', quant=bits, finetune={'num_iterations': 1000}),
+        'efficientdm': student('efficientdm', quant=bits, finetune={'num_iterations': 500}),
     }
     return config

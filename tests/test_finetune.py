@@ -91,11 +91,12 @@ def test_loss_and_gradients_are_the_same_on_one_and_on_eight_devices(problem):
     rng = np.random.default_rng(3)
     x = rng.standard_normal((8, *INFO.image_shape)).astype(np.float32)
     t, y = np.arange(8, dtype=np.int32) * 12, np.arange(8, dtype=np.int32) % 3
+    gain = np.linspace(0.5, 2.0, 8, dtype=np.float32)
     results = []
     for data in (1, 8):
         device_mesh = mesh.make_mesh(data)
         replicated = mesh.replicate(device_mesh, (state, teacher.params))
-        batch = mesh.shard_batch(device_mesh, (x, t, y))
+        batch = mesh.shard_batch(device_mesh, (x, t, y, gain))
         (value, _), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(*replicated, *batch)
         results.append((float(value), jax.device_get(gradients)))
     (one, gradients_one), (eight, gradients_eight) = results
@@ -107,7 +108,7 @@ def test_loss_and_gradients_are_the_same_on_one_and_on_eight_devices(problem):
 
 def test_gradients_do_not_depend_on_recomputing_activations(problem):
     teacher, method, state, plan = problem
-    inputs = jnp.ones((2, *INFO.image_shape)), jnp.asarray(50), jnp.array([0, 2])
+    inputs = jnp.ones((2, *INFO.image_shape)), jnp.asarray(50), jnp.array([0, 2]), jnp.ones(())
     results = []
     for remat in (False, True):
         config = make_config(remat=remat)
@@ -116,6 +117,24 @@ def test_gradients_do_not_depend_on_recomputing_activations(problem):
         results.append(gradient(state, teacher.params, *inputs)[0])
     gap = norm(jax.tree.map(jnp.subtract, *results)) / norm(results[0])
     assert gap < TOLERANCE, f'{gap:.1e}'
+
+
+def test_predictions_are_weighed_by_where_they_take_the_sampler(problem):
+    teacher, _, _, _ = problem
+    sampler = denoisers.make_denoiser_sampler(teacher.info, make_config().sampler)
+    gain = np.asarray(finetune.step_gain(sampler, 'step'))
+    assert np.mean(gain**2) == pytest.approx(1.0, rel=1e-5)  # a few float32 operations
+    carry = sampler.init(jnp.ones((1, *INFO.image_shape)))
+    silence = jnp.zeros_like(carry.x)
+    moved = [
+        np.mean(
+            sampler.step(carry, jnp.ones_like(carry.x), i, silence).x
+            - sampler.step(carry, silence, i, silence).x
+        )
+        for i in range(len(sampler.timesteps))
+    ]
+    np.testing.assert_allclose(gain / gain[0], moved / moved[0], rtol=1e-4)  # differences of 1
+    assert np.all(np.asarray(finetune.step_gain(sampler, 'prediction')) == 1)
 
 
 @pytest.mark.parametrize('positions', ['trajectory', 'staggered'])

@@ -488,3 +488,17 @@ def test_a_sampler_is_a_pytree_of_tables():
     assert all(leaf.shape == (20,) for leaf in leaves)
     again = jax.tree.unflatten(treedef, leaves)
     assert isinstance(again, Sampler) and again.is_stochastic
+
+
+@pytest.mark.parametrize('prediction', ['eps', 'v'])
+@every_sampler
+def test_the_gain_is_how_far_a_step_moves_per_unit_of_prediction(name, options, prediction):
+    timesteps = np.array([900, 500, 100, 1], np.int32)
+    sampler = samplers.make_sampler(name, Schedule(), timesteps, prediction=prediction, **options)
+    gain = np.asarray(samplers.prediction_gain(sampler))
+    x, zero = jnp.full((1, 1), 0.5), jnp.zeros((1, 1))
+    for i in range(len(timesteps)):
+        carry = sampler.init(x)
+        moved = sampler.step(carry, x, i, zero).x - sampler.step(carry, zero, i, zero).x
+        # Differences of float32 numbers whose terms are as large as 1 / alpha = 90.
+        np.testing.assert_allclose(gain[i] * 0.5, float(moved[0, 0]), rtol=1e-3, atol=1e-4)
