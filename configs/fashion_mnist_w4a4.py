@@ -12,7 +12,7 @@ from dmq_jax.config import base, student
 def get_config():
     """Options of the run; all defaults are in `dmq_jax.config`."""
     full = {'coverage': 'full'}
-    long = {'num_iterations': 2000}
+    long = {'num_iterations': 1500}
     config = base()
     config.students = {
         'rtn_static': student(quant={'per_timestep': False}),

@@ -1,4 +1,4 @@
-"""What each part of EfficientDM brings at W4A4, at 600 iterations each.
+"""What each part of EfficientDM brings at W4A4, at 300 iterations each.
 
 python -m dmq_jax.main --config=configs/fashion_mnist_w4a4_ablation.py --workdir=runs/ablation
 """
@@ -10,7 +10,7 @@ def get_config():
     """Options of the run; all defaults are in `dmq_jax.config`."""
     static = {'per_timestep': False}
     plain = {'name': 'efficientdm', 'scale_aware': False}
-    finetune = {'num_iterations': 600}
+    finetune = {'num_iterations': 300}
     config = base()
     config.students = {
         'rtn': student(quant=static),

@@ -133,6 +133,7 @@ def test_predictions_are_weighed_by_where_they_take_the_sampler(problem):
         )
         for i in range(len(sampler.timesteps))
     ]
+    moved = np.asarray(moved)
     np.testing.assert_allclose(gain / gain[0], moved / moved[0], rtol=1e-4)  # differences of 1
     assert np.all(np.asarray(finetune.step_gain(sampler, 'prediction')) == 1)
 
