@@ -249,7 +249,12 @@ def samples(context: Run, name: str) -> dict[str, np.ndarray]:
             denoiser = context.teacher
         else:
             denoiser = exporting.denoiser(exported(context, name), config.sample.mode)
-        np.savez_compressed(path / 'images.npz', **draw(context, denoiser, f'sample {name}'))
+        drawn = draw(context, denoiser, f'sample {name}')
+        np.savez_compressed(path / 'images.npz', **drawn)
+        count = min(config.report.grid_size**2, config.sample.num_images)
+        grid = sampling.image_grid(drawn['arr_0'][:count], columns=config.report.grid_size)
+        with log.make_writer(path) as writer:
+            writer.write_images(0, {f'{name}/samples': grid})
 
     return artefacts.artefact(
         context.workdir / 'samples' / name, options, make,
@@ -316,13 +321,6 @@ def measure(context: Run, reference: evaluate.Reference) -> None:
         'revision': log.git_revision(),
     }
     log.write_json(context.workdir / 'metrics.json', {'protocol': protocol, 'rows': rows})
-    with log.make_writer(context.workdir) as writer:
-        for row in rows:
-            numbers = {k: v for k, v in row.items() if isinstance(v, float)}
-            writer.write_scalars(0, {f'{row["name"]}/{k}': v for k, v in numbers.items()})
-            images = samples(context, row['name'])['arr_0'][: config.report.grid_size**2]
-            grid = sampling.image_grid(images, columns=config.report.grid_size)
-            writer.write_images(0, {f'{row["name"]}/samples': grid})
     for line in report.metrics_table(protocol, rows):
         print(line)
 

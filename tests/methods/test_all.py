@@ -116,7 +116,7 @@ class Trained:
         @jax.jit(compiler_options=FAST_COMPILE)
         def step(state, moments, t):
             (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(
-                state, teacher.params, images, t, None
+                state, teacher.params, images, t, None, jnp.ones(())
             )
             with jax.numpy_dtype_promotion('standard'):
                 updates, moments = optimizer.update(gradients, moments, state)
