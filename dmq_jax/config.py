@@ -516,9 +516,9 @@ class NetworkConfig:
 class ClassifierConfig:
     """The small classifier whose features and accuracy judge the samples."""
 
-    num_epochs: int = 14  # passes over the training images
-    batch_size: int = 128  # images per optimizer step
-    learning_rate: float = 4e-3  # peak of the cosine schedule
+    num_epochs: int = 10  # passes over the training images
+    batch_size: int = 64  # images per optimizer step
+    learning_rate: float = 3e-3  # peak of the cosine schedule
 
     def __post_init__(self):
         _check_at_least(self, 1, 'num_epochs', 'batch_size')
