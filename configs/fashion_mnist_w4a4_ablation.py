@@ -1,6 +1,8 @@
 """What each part of EfficientDM brings at W4A4, at 300 iterations each.
 
-python -m dmq_jax.main --config=configs/fashion_mnist_w4a4_ablation.py --workdir=runs/ablation
+    python -m dmq_jax.main --config=configs/fashion_mnist_w4a4_ablation.py --workdir=runs/ablation
+
+Each student up to `per_timestep` adds one part; the last two change one part of that one.
 """
 
 from dmq_jax.config import base, student

@@ -1,18 +1,15 @@
 """Fashion-MNIST at W4A8: round to nearest against EfficientDM, 500 iterations.
 
-python -m dmq_jax.main --config=configs/fashion_mnist_w4a8.py --workdir=runs/fashion_mnist_w4a8
+    python -m dmq_jax.main --config=configs/fashion_mnist_w4a8.py --workdir=runs/fashion_mnist_w4a8
+
+Coverage, calibration and samples as in `configs/quickstart.py`.
 """
 
-from dmq_jax.config import base, student
+from dmq_jax.config import base, compared
 
 
 def get_config():
     """Options of the run; all defaults are in `dmq_jax.config`."""
-    bits = {'weight_bits': 4, 'activation_bits': 8}
     config = base()
-    config.students = {
-        'rtn_static': student(quant=bits | {'per_timestep': False}),
-        'rtn': student(quant=bits),
-        'efficientdm': student('efficientdm', quant=bits, finetune={'num_iterations': 500}),
-    }
+    config.students = compared(num_iterations=500, weight_bits=4, activation_bits=8)
     return config

@@ -1,7 +1,9 @@
 """The bundled teacher: a class-conditional U-Net on Fashion-MNIST, and its classifier.
 
-python configs/prepare_fashion_mnist.py MOSAIC_FOLDER data/fashion_mnist.npz
-python -m dmq_jax.train_teacher --config=configs/teacher_fashion_mnist.py --workdir=runs/teacher
+    python configs/prepare_fashion_mnist.py MOSAIC_FOLDER data/fashion_mnist.npz
+    python -m dmq_jax.train_teacher --config=configs/teacher_fashion_mnist.py --workdir=runs/teacher
+
+What to expect: dmq_jax/assets/README.md.
 """
 
 from dmq_jax.config import TrainTeacherConfig, base

@@ -19,8 +19,8 @@ from dmq_jax import denoisers
 from dmq_jax.config import SamplerConfig
 from dmq_jax.diffusion import samplers
 from dmq_jax.methods.base import apply_fake
-from dmq_jax.quant.layers import at_timestep
 from dmq_jax.quant.plan import Plan
+from dmq_jax.quant.rows import at_timestep
 from dmq_jax.runtime.progress import progress
 
 Gates = Mapping[str, Bool[Array, '']]
@@ -59,12 +59,10 @@ def run(
       execution; the error of the kernel (None if it is float), and that of the prediction when this
       layer's kernel and inputs alone are the student's. `sensitivity_timesteps`, `num_images`.
     """
-    sampler = denoisers.make_denoiser_sampler(teacher.info, sampler_config)
+    sampler = denoisers.make_denoiser_sampler(teacher, sampler_config)
     timesteps = np.asarray(sampler.timesteps, np.int32)
     keys = jax.random.split(key, num_images)
-    labels = None
-    if teacher.info.num_classes is not None:
-        labels = jnp.arange(num_images, dtype=jnp.int32) % teacher.info.num_classes
+    labels = denoisers.balanced_labels(num_images, teacher.info.num_classes)
     visited = _trajectory(teacher, sampler_config.guidance_scale, sampler, keys, labels)
     plan = dict(student.predict.plan)
     mixed = jax.jit(functools.partial(predict_mixed, student.predict))

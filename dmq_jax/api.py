@@ -22,9 +22,10 @@ from jaxtyping import Int, UInt8
 
 from dmq_jax import artefacts, calibrate, denoisers, exporting, finetune, methods, sampling
 from dmq_jax import config as config_lib
-from dmq_jax.denoisers import Denoiser, load_teacher
+from dmq_jax.denoisers import Denoiser
 from dmq_jax.exporting import Exported, load
 from dmq_jax.runtime import mesh
+from dmq_jax.teachers import load_teacher
 
 __all__ = ['Denoiser', 'Exported', 'export', 'load', 'load_teacher', 'quantize', 'sample']
 
@@ -60,8 +61,8 @@ def quantize(
       The quantized network; `sample`, `export` and `exporting.denoiser` take it.
 
     Raises:
-      ValueError: an unknown option or an impossible value, or a `workdir` of other options; the
-        text says which.
+      ValueError: an unknown option or an impossible value, or a `workdir` of other options or
+        in use; the text says which.
     """
     if num_iterations is None:
         num_iterations = 0 if method == 'round_to_nearest' else 300
@@ -88,20 +89,25 @@ def quantize(
     if num_iterations:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(workdir or temporary)
-            start = traverse_util.flatten_dict(jax.device_get(state), sep='/')
-            # The start stands for the teacher and the calibration as well.
-            artefacts.claim(
-                folder,
-                {'student': config_lib.to_dict(student), 'start': artefacts.digest(start),
-                 'seed': seed},
-            )  # fmt: skip
-            result = finetune.run(
-                teacher, learner, state, plan, calibration.timesteps, lookup, student.finetune,
-                key=finetune_key, workdir=folder, device_mesh=device_mesh, description=method,
-            )  # fmt: skip
-        state = result.state
+            with artefacts.sole_user(folder):
+                _claim(folder, student, state, seed)
+                state = finetune.run(
+                    teacher, learner, state, plan, calibration.timesteps, lookup,
+                    student.finetune, key=finetune_key, workdir=folder,
+                    device_mesh=device_mesh, description=method,
+                ).state  # fmt: skip
     bound = jax.jit(learner.bind)(teacher.params, state)
     return exporting.make(teacher, plan, bound, calibration.timesteps, lookup)
+
+
+def _claim(folder: Path, student: config_lib.StudentConfig, state: Any, seed: int) -> None:
+    """Ties the folder of a fine-tuning to its options."""
+    # The start stands for the teacher and the calibration as well.
+    start = traverse_util.flatten_dict(jax.device_get(state), sep='/')
+    artefacts.claim(
+        folder,
+        {'student': config_lib.to_dict(student), 'start': artefacts.digest(start), 'seed': seed},
+    )
 
 
 def sample(
@@ -134,7 +140,7 @@ def sample(
     denoiser = exporting.denoiser(model, mode) if isinstance(model, Exported) else model
     config = config_lib.from_config_dict(sampler_options, config_lib.SamplerConfig)
     if labels is None:
-        labels = sampling.balanced_labels(num_images, denoiser.info.num_classes)
+        labels = denoisers.balanced_labels(num_images, denoiser.info.num_classes)
     elif len(labels) != num_images:
         raise ValueError(f'{len(labels)} labels for num_images={num_images}: expected one each.')
     return sampling.draw(

@@ -1,13 +1,19 @@
-"""Folders that a stage makes once: written whole or not at all, and tied to their options."""
+"""Folders that a stage makes once: written whole or not at all, and tied to their options.
 
+And the folder of a run around them, in which one process works at a time.
+"""
+
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from dmq_jax.runtime import log
@@ -16,6 +22,7 @@ T = TypeVar('T')
 
 _MARK = 'complete.json'
 _CLAIM = 'options.json'
+_LOCK = '.lock'
 
 
 def artefact(
@@ -65,6 +72,38 @@ def claim(path: Path, options: Any) -> None:
         _check(path, json.loads(mark.read_text()), options)
     else:
         log.write_json(mark, options)
+
+
+@contextlib.contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Within it, this run is the only one in `folder`, which is made if absent.
+
+    The operating system holds the lock for as long as the process lives, so nothing is left to be
+    cleaned up after a kill. Of a run of several processes, the first one holds it for all.
+
+    Raises:
+      ValueError: another process works there; says which.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _LOCK, 'a+') as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read() or 'another process'
+            raise ValueError(
+                f'{folder} is in use by {holder}: wait for its end, or use another --workdir.'
+            ) from None
+        file.truncate(0)
+        file.write(f'process {os.getpid()} on {os.uname().nodename}')
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 def is_complete(path: Path) -> bool:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from dmq_jax import denoisers, exporting, finetune, methods, sampling
+from dmq_jax import denoisers, exporting, finetune, methods, sampling, teachers
 from dmq_jax.config import EfficientDMConfig, FinetuneConfig, QuantConfig, SamplerConfig
 from dmq_jax.diffusion import samplers
 from dmq_jax.diffusion.schedule import Schedule
@@ -106,7 +106,7 @@ def load_model(name: str) -> denoisers.Denoiser:
       ValueError: unknown name.
     """
     if name == 'bundled':
-        return denoisers.load_teacher('fashion_mnist')
+        return teachers.load_teacher('fashion_mnist')
     if name != 'cifar10':
         raise ValueError(f'model={name!r}: expected one of {", ".join(MODELS)}.')
     info = denoisers.DenoiserInfo(
@@ -139,7 +139,7 @@ def make_programs(
     key = jax.random.key(0)
     state = jax.jit(method.init)(teacher.params, made_up_stats(plan, layers), key)
     keys = jax.random.split(key, config.batch_size)
-    labels = sampling.balanced_labels(config.batch_size, teacher.info.num_classes)
+    labels = denoisers.balanced_labels(config.batch_size, teacher.info.num_classes)
     x = samplers.initial_noise(keys, teacher.info.image_shape)
 
     def repeat(arguments, results):
@@ -153,7 +153,7 @@ def make_programs(
 
     def draw(denoiser):
         sampler = denoisers.make_denoiser_sampler(
-            denoiser.info, SamplerConfig(num_steps=config.num_steps)
+            denoiser, SamplerConfig(num_steps=config.num_steps)
         )
         return compile_program(
             sampling.sample_batch, (denoiser.params, sampler, keys, labels),
@@ -162,7 +162,7 @@ def make_programs(
 
     def finetuning():
         options = FinetuneConfig(num_iterations=1000, batch_size=config.batch_size)
-        sampler = denoisers.make_denoiser_sampler(teacher.info, options.sampler)
+        sampler = denoisers.make_denoiser_sampler(teacher, options.sampler)
         optimizer = method.optimizer(state, finetune.make_decay(options))
         loss = finetune.make_loss(teacher, method, plan, timesteps, 'nearest', options)
         step = finetune.make_train_step(teacher, loss, optimizer, options)

@@ -23,7 +23,6 @@ from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import Plan
 from dmq_jax.runtime import mesh
 from dmq_jax.runtime.progress import progress
-from dmq_jax.sampling import balanced_labels
 
 
 class Calibration(NamedTuple):
@@ -55,7 +54,7 @@ def run(
       key: root key of the images.
       device_mesh: where batches are split.
     """
-    sampler = denoisers.make_denoiser_sampler(teacher.info, config.sampler)
+    sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
     observe = jax.jit(
         functools.partial(
             observe_batch,
@@ -67,11 +66,10 @@ def run(
     )
     batch_size = min(config.batch_size, config.num_images)
     mesh.check_batch_size(device_mesh, batch_size, name='calibrate.batch_size')
-    labels = balanced_labels(config.num_images, teacher.info.num_classes)
+    labels = denoisers.balanced_labels(config.num_images, teacher.info.num_classes)
     params = mesh.replicate(device_mesh, teacher.params)
     stats: Stats | None = None
-    # A last partial batch would be a second program for a few images: it is left out.
-    for begin in progress(range(0, config.num_images - batch_size + 1, batch_size), 'calibrate'):
+    for begin in progress(range(0, config.num_images, batch_size), 'calibrate'):
         indices = np.arange(begin, begin + batch_size, dtype=np.uint32)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(indices))
         y = None if labels is None else jnp.asarray(labels[indices])

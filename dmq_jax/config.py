@@ -69,9 +69,14 @@ class TeacherConfig:
     """The float network that is quantized."""
 
     path: str = 'fashion_mnist'  # name of a bundled teacher, or a checkpoint file or folder
+    # of a diffusers folder whose class table has a row more, the null class that guidance needs;
+    # None: every row is a class
+    num_classes: int | None = None
 
     def __post_init__(self):
         _check(bool(self.path), "path='': expected a bundled name, a file or a folder.")
+        if self.num_classes is not None:
+            _check_at_least(self, 1, 'num_classes')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +105,7 @@ class SamplerConfig:
 class CalibrateConfig:
     """How activation statistics are collected: the teacher samples while it is observed."""
 
-    num_images: int = 64  # images sampled
+    num_images: int = 64  # images sampled; a multiple of `batch_size`, or less than it
     batch_size: int = 32  # images per network call
     # activation values, and pairs of block extremes, kept per tensor, timestep and batch
     values_per_tensor: int = 1024
@@ -108,6 +113,12 @@ class CalibrateConfig:
 
     def __post_init__(self):
         _check_at_least(self, 1, 'num_images', 'batch_size', 'values_per_tensor')
+        # A last partial batch would be a second program, and count less than its images.
+        _check(
+            self.num_images <= self.batch_size or self.num_images % self.batch_size == 0,
+            f'num_images={self.num_images}: expected a multiple of batch_size={self.batch_size}, '
+            f'or less than it.',
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,6 +198,8 @@ class EfficientDMConfig:
     weight_scale_learning_rate: float = 5e-3  # Adam, per unit of each weight scale
     input_scale_learning_rate: float = 1e-2  # Adam, per unit of each activation scale
     zero_point_learning_rate: float = 5e-2  # Adam, in integer steps
+    # Adam, of biases and of the scales of normalizations, which stay in float; 0: not trained
+    affine_learning_rate: float = 2e-3
     base: Literal['float', 'dequantized'] = 'float'  # weights the low-rank update is added to
     scale_aware: bool = True  # update rate proportional to each layer's weight scale
     # 'output': compare predictions; 'feature': also what the modules `feature_layers` put out
@@ -198,7 +211,8 @@ class EfficientDMConfig:
         _check_choices(self)
         _check_at_least(self, 1, 'lora_rank')
         rates = 'lora_rate_per_scale', 'weight_scale_learning_rate', 'input_scale_learning_rate'
-        _check_at_least(self, 0, *rates, 'zero_point_learning_rate', 'feature_weight')
+        rates += 'zero_point_learning_rate', 'affine_learning_rate'
+        _check_at_least(self, 0, *rates, 'feature_weight')
 
 
 MethodConfig = RoundToNearestConfig | EfficientDMConfig  # chosen by the field `name`
@@ -368,6 +382,25 @@ def student(method: str | Mapping[str, Any] = 'round_to_nearest', **overrides: A
     return _config_dict(
         _convert({'method': options, **overrides}, StudentConfig, 'config.students.*')
     )
+
+
+def compared(*, num_iterations: int, **quant: Any) -> dict[str, Any]:
+    """Students that tell what learning brings: rounding, static and per timestep, and EfficientDM.
+
+    Args:
+      num_iterations: optimizer steps of EfficientDM.
+      **quant: options of QuantConfig that all of them share.
+
+    Raises:
+      ValueError: as `from_config_dict`.
+    """
+    return {
+        'rtn_static': student(quant=quant | {'per_timestep': False}),
+        'rtn': student(quant=quant),
+        'efficientdm': student(
+            'efficientdm', quant=quant, finetune={'num_iterations': num_iterations}
+        ),
+    }
 
 
 def describe(config: Any) -> str:

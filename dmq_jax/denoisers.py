@@ -6,11 +6,8 @@ a constant baked into it.
 """
 
 import dataclasses
-import json
-import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,26 +16,19 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, Int, PyTree
 
-from dmq_jax.config import FLOAT_BITS, QuantConfig
+from dmq_jax.config import FLOAT_BITS, QuantConfig, SamplerConfig
 from dmq_jax.diffusion.samplers import Sampler, make_sampler
 from dmq_jax.diffusion.schedule import Schedule, sampling_timesteps
-from dmq_jax.files.safetensors import open_safetensors
-from dmq_jax.methods.base import Bound, apply_fake, by_path, with_weights
-from dmq_jax.models import torch_weights
+from dmq_jax.methods.base import Bound, apply_fake, by_path, with_leaves, with_weights
 from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.quant import plan as plan_lib
-from dmq_jax.quant.layers import at_timestep, integer, quantizable_layers
+from dmq_jax.quant.layers import integer, quantizable_layers
 from dmq_jax.quant.plan import LayerSpec, Plan, QuantizableLayer, Rule, full_rules, paper_rules
+from dmq_jax.quant.rows import at_timestep
 from dmq_jax.quant.tensor import QuantSpec
 
-ASSETS = Path(__file__).parent / 'assets'
-TEACHER_FORMAT = 'dmq_jax.teacher.1'
 # Calibration keeps statistics only; any spec marks an input as observed.
 OBSERVED = QuantSpec(bits=8, symmetric=False)
-# The names that diffusers gives to the files of a model and of its scheduler.
-CONFIG = 'config.json'
-SCHEDULER_CONFIG = 'scheduler_config.json'
-DIFFUSERS_WEIGHTS = 'diffusion_pytorch_model.safetensors'
 
 Predict = Callable[..., Float[Array, 'B H W C']]
 
@@ -51,8 +41,8 @@ class DenoiserInfo:
       schedule: noise schedule it was trained with.
       prediction: what it predicts, 'eps' or 'v'.
       image_shape: (height, width, channels) of its images.
-      num_classes: classes it is conditioned on, labels 0..num_classes-1, the null class being
-        num_classes; None if unconditional.
+      num_classes: classes it is conditioned on, labels 0..num_classes-1; None if unconditional.
+        Row num_classes of the network's class table, if there is one, is the null class.
     """
 
     schedule: Schedule
@@ -92,18 +82,11 @@ def guided(predict: Predict, info: DenoiserInfo, guidance_scale: float) -> Predi
 
     Args:
       predict: of a class-conditional denoiser.
-      info: says which class is the null class.
+      info: says which class is the null class; `make_denoiser_sampler` checks that there is one.
       guidance_scale: weight s of `null + s (conditional - null)`; 1 leaves `predict` as it is.
-
-    Raises:
-      ValueError: guidance of an unconditional denoiser.
     """
     if guidance_scale == 1.0:
         return predict
-    if info.num_classes is None:
-        raise ValueError(
-            f'guidance_scale={guidance_scale}: this denoiser is unconditional; expected 1.0.'
-        )
 
     def predict_guided(params, x, t, y):
         null = jnp.full_like(y, info.num_classes)
@@ -152,44 +135,34 @@ class Capturing:
         }
 
 
-def make_denoiser_sampler(info: DenoiserInfo, config: Any) -> Sampler:
-    """The sampler that a `config.SamplerConfig` describes, on the schedule of `info`.
+def make_denoiser_sampler(denoiser: Denoiser, config: SamplerConfig) -> Sampler:
+    """The sampler that `config` describes, on the schedule of `denoiser`.
 
     Raises:
-      ValueError: see `diffusion.schedule.sampling_timesteps` and `diffusion.samplers.make_sampler`.
+      ValueError: guidance of a denoiser without a null class; see also
+        `diffusion.schedule.sampling_timesteps` and `diffusion.samplers.make_sampler`.
     """
+    info = denoiser.info
+    if config.guidance_scale != 1.0:
+        _check_null_class(denoiser, config.guidance_scale)
     timesteps = sampling_timesteps(info.schedule, config.num_steps, config.spacing)
     return make_sampler(
         config.name, info.schedule, timesteps, eta=config.eta, prediction=info.prediction
     )
 
 
-def save_teacher(
-    path: str | os.PathLike, teacher: Denoiser, metadata: dict[str, Any] | None = None
-) -> None:
-    """Writes a float teacher as one safetensors file, weights in float16.
-
-    Args:
-      path: the file; its folder must exist.
-      teacher: a denoiser whose network is a `DDPMUNet`.
-      metadata: facts about its training, JSON values.
-    """
-    from safetensors.numpy import save_file
-
-    tensors = {
-        name: np.ascontiguousarray(np.asarray(leaf, np.float16))
-        for name, leaf in traverse_util.flatten_dict(teacher.params, sep='/').items()
-    }
-    save_file(
-        tensors,
-        path,
-        {
-            'format': TEACHER_FORMAT,
-            'network': json.dumps(network_settings(teacher.network)),
-            'info': json.dumps(dataclasses.asdict(teacher.info)),
-            'training': json.dumps(metadata or {}),
-        },
-    )
+def _check_null_class(denoiser: Denoiser, guidance_scale: float) -> None:
+    num_classes, rows = denoiser.info.num_classes, denoiser.network.num_class_embeds
+    if num_classes is None:
+        raise ValueError(
+            f'guidance_scale={guidance_scale}: this denoiser is unconditional; expected 1.0.'
+        )
+    if rows <= num_classes:
+        raise ValueError(
+            f'guidance_scale={guidance_scale}: this denoiser has no null class, since each of the '
+            f'{rows} rows of its class table is a class; expected 1.0. If the last row of a '
+            f'diffusers folder is the null class, load it with teacher.num_classes={rows - 1}.'
+        )
 
 
 def network_settings(network: DDPMUNet) -> dict[str, Any]:
@@ -215,116 +188,6 @@ def make_info(settings: dict[str, Any]) -> DenoiserInfo:
     )
 
 
-def bundled_teachers() -> list[str]:
-    """Names that `load_teacher` knows without a file."""
-    return sorted(
-        p.name.removesuffix('_teacher.safetensors') for p in ASSETS.glob('*_teacher.safetensors')
-    )
-
-
-def load_teacher(path: str | os.PathLike) -> Denoiser:
-    """A float teacher: a bundled name, a file written by `save_teacher`, or a diffusers folder.
-
-    A diffusers folder holds `config.json` (of a `UNet2DModel`) and its weights as safetensors, at
-    its root or in `unet/`, and `scheduler_config.json` at its root or in `scheduler/`. Every row
-    of its class table counts as a class: the files do not tell whether one is a null class.
-
-    Raises:
-      FileNotFoundError: no such bundled name, file or folder, or a folder that lacks a part.
-      ValueError: a file or folder that is not a teacher, settings without a counterpart here, or
-        tensors that do not fit the network.
-    """
-    file = ASSETS / f'{path}_teacher.safetensors'
-    if not file.is_file():
-        file = Path(path)
-    if file.is_dir():
-        return _load_diffusers(file)
-    if not file.is_file():
-        raise FileNotFoundError(
-            f'teacher.path={str(path)!r}: expected a bundled name '
-            f'({", ".join(bundled_teachers())}), a .safetensors file written by '
-            f'dmq_jax.train_teacher, or a diffusers folder.'
-        )
-    tensors = open_safetensors(file)
-    if tensors.metadata.get('format') != TEACHER_FORMAT:
-        raise ValueError(
-            f'{file}: format is {tensors.metadata.get("format")!r}, expected {TEACHER_FORMAT!r}.'
-        )
-    network = make_network(json.loads(tensors.metadata['network']))
-    info = make_info(json.loads(tensors.metadata['info']))
-    check_tensors(network, info, tensors, source=str(file))
-    params = {name: jnp.asarray(tensor, jnp.float32) for name, tensor in tensors.items()}
-    return float_denoiser(network, traverse_util.unflatten_dict(params, sep='/'), info)
-
-
-def _load_diffusers(folder: Path) -> Denoiser:
-    configs = {f.parent: json.loads(f.read_text()) for f in _present(folder, 'unet', CONFIG)}
-    models = [f for f, config in configs.items() if config.get('_class_name') == 'UNet2DModel']
-    schedulers = _present(folder, 'scheduler', SCHEDULER_CONFIG)
-    if not models or not schedulers:
-        wanted = f'{SCHEDULER_CONFIG} (there or in scheduler/)'
-        if not models:
-            wanted = f"{CONFIG} with '_class_name': 'UNet2DModel' (there or in unet/)"
-        raise FileNotFoundError(f'{folder}: no {wanted}; expected a folder saved by diffusers.')
-    weights = [models[0] / f'{DIFFUSERS_WEIGHTS}{end}' for end in ('', '.index.json')]
-    if not any(file.is_file() for file in weights):
-        raise FileNotFoundError(
-            f'{models[0]}: no {weights[0].name} or {weights[1].name}; save the model again with '
-            f'safe_serialization=True.'
-        )
-    config = configs[models[0]]
-    try:
-        network = torch_weights.network_from_diffusers(config)
-        schedule, prediction = _process_from_diffusers(json.loads(schedulers[0].read_text()))
-        tensors = open_safetensors(next(file for file in weights if file.is_file()))
-        params = torch_weights.params_from_diffusers(tensors, network)
-    except ValueError as error:
-        raise ValueError(f'{folder}: {error}') from error
-    size = config.get('sample_size')
-    if size is None or network.out_channels != network.in_channels:
-        raise ValueError(
-            f'{folder}: sample_size={size}, in_channels={network.in_channels}, '
-            f'out_channels={network.out_channels}: expected a size (add it to {CONFIG}) and as '
-            f'many channels out as in.'
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    info = DenoiserInfo(
-        schedule=schedule,
-        prediction=prediction,
-        image_shape=(height, width, network.in_channels),
-        num_classes=network.num_class_embeds,
-    )
-    return float_denoiser(network, jax.tree.map(jnp.asarray, params), info)
-
-
-def _present(folder: Path, subfolder: str, name: str) -> list[Path]:
-    return [f for f in (folder / name, folder / subfolder / name) if f.is_file()]
-
-
-def _process_from_diffusers(settings: dict[str, Any]) -> tuple[Schedule, str]:
-    """Schedule and prediction type of a `scheduler_config.json`."""
-    kinds = {'linear': 'linear', 'scaled_linear': 'scaled_linear', 'squaredcos_cap_v2': 'cosine'}
-    predictions = {'epsilon': 'eps', 'v_prediction': 'v'}
-    # Files older than the setting are of models that predict eps.
-    prediction = settings.get('prediction_type', 'epsilon')
-    if settings.get('beta_schedule') not in kinds or prediction not in predictions:
-        raise ValueError(
-            f'{SCHEDULER_CONFIG}: beta_schedule={settings.get("beta_schedule")!r}, '
-            f'prediction_type={prediction!r}: expected one of {", ".join(kinds)}, and one of '
-            f'{", ".join(predictions)}.'
-        )
-    for name in ('trained_betas', 'rescale_betas_zero_snr'):
-        if settings.get(name):
-            raise ValueError(f'{SCHEDULER_CONFIG}: {name} is set, which is not supported.')
-    names = ('num_train_timesteps', 'beta_start', 'beta_end')
-    if absent := [name for name in names if name not in settings]:
-        raise ValueError(f'{SCHEDULER_CONFIG}: no {absent[0]}.')
-    schedule = Schedule(
-        kind=kinds[settings['beta_schedule']], **{name: settings[name] for name in names}
-    )
-    return schedule, predictions[prediction]
-
-
 def init_params(network: DDPMUNet, info: DenoiserInfo, key: Array) -> PyTree:
     """Random parameters of `network`."""
     x, t, y = example_inputs(info, batch_size=1)
@@ -339,27 +202,9 @@ def example_inputs(
     return jnp.zeros((batch_size, *info.image_shape)), jnp.zeros((), jnp.int32), y
 
 
-def check_tensors(
-    network: DDPMUNet, info: DenoiserInfo, tensors: dict[str, Any], *, source: str
-) -> None:
-    """Refuses tensors that are not exactly the parameters of `network`.
-
-    Raises:
-      ValueError: naming the first missing, left-over or misshapen tensor.
-    """
-    expected = jax.eval_shape(lambda key: init_params(network, info, key), jax.random.key(0))
-    expected = traverse_util.flatten_dict(expected, sep='/')
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f'{source}: {len(missing)} tensors missing, e.g. {missing[0]!r}.')
-    if left_over := sorted(tensors.keys() - expected.keys()):
-        raise ValueError(
-            f'{source}: {len(left_over)} tensors unused, e.g. {left_over[0]!r}: other network?'
-        )
-    for name, leaf in expected.items():
-        if tuple(tensors[name].shape) != leaf.shape:
-            raise ValueError(
-                f'{source}: {name!r} has shape {tuple(tensors[name].shape)}, expected {leaf.shape}.'
-            )
+def balanced_labels(num_images: int, num_classes: int | None) -> Int[np.ndarray, 'N'] | None:
+    """Labels that go round the classes: every prefix is as balanced as can be."""
+    return None if num_classes is None else np.arange(num_images, dtype=np.int32) % num_classes
 
 
 def quantizable(teacher: Denoiser) -> dict[str, QuantizableLayer]:
@@ -435,7 +280,7 @@ class QuantizedPredict:
     Attributes:
       network: the float network underneath.
       plan: (path, spec) of every quantized layer.
-      lookup: how the row of a table is found; see `quant.layers.at_timestep`.
+      lookup: how the row of a table is found; see `quant.rows.at_timestep`.
       mode: 'fake' rounds in float, 'integer' multiplies integers.
     """
 
@@ -472,7 +317,7 @@ def fake_student(
 def fake_params(params: PyTree, bound: Bound, timesteps: Int[Array, 'S']) -> PyTree:
     """The parameters of a fake-quantized student; differentiable."""
     return {
-        'params': with_weights(params, bound.weights),
+        'params': with_weights(with_leaves(params, bound.params), bound.weights),
         'tables': bound.tables,
         'timesteps': jnp.asarray(timesteps, jnp.int32),
     }
@@ -481,7 +326,7 @@ def fake_params(params: PyTree, bound: Bound, timesteps: Int[Array, 'S']) -> PyT
 def training_params(params: PyTree, bound: Bound, timesteps: Int[Array, 'S']) -> PyTree:
     """`fake_params` whose kernels are still codes: equal gradients, a faster step on CPU."""
     return {
-        'params': params,
+        'params': with_leaves(params, bound.params),
         'weights': bound.weights,
         'tables': bound.tables,
         'timesteps': jnp.asarray(timesteps, jnp.int32),

@@ -4,13 +4,14 @@ In-domain metrics: features and classes come from a small classifier of the same
 distance is called FD with the data set's name, never FID.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from dmq_jax import assets
 from dmq_jax.config import EvaluateConfig
-from dmq_jax.denoisers import ASSETS, DenoiserInfo
+from dmq_jax.denoisers import DenoiserInfo
 from dmq_jax.metrics import classifier, frechet, neighbours, similarity
 
 
@@ -39,14 +40,9 @@ def load_reference(config: EvaluateConfig) -> Reference:
       FileNotFoundError: neither bundled names nor files.
       ValueError: files that do not belong together.
     """
-
-    def find(value: str, suffix: str) -> Any:
-        bundled = ASSETS / f'{value}_{suffix}'
-        return bundled if bundled.is_file() else value
-
     bundled = config.reference if config.features == 'bundled' else config.features
-    network = classifier.load_classifier(find(bundled, 'classifier.safetensors'))
-    statistics = classifier.load_reference(find(config.reference, 'reference.npz'), network)
+    network = classifier.load_classifier(assets.find(bundled, 'classifier.safetensors'))
+    statistics = classifier.load_reference(assets.find(config.reference, 'reference.npz'), network)
     return Reference(network, statistics, _NAMES.get(config.reference, 'FD'))
 
 

@@ -20,8 +20,8 @@ from jaxtyping import Int
 
 from dmq_jax import denoisers
 from dmq_jax.files.safetensors import open_safetensors
-from dmq_jax.methods.base import Bound, Tables
-from dmq_jax.quant.layers import integer_weight
+from dmq_jax.methods.base import Bound, Tables, with_leaves
+from dmq_jax.quant.integer import integer_weight
 from dmq_jax.quant.plan import LayerSpec
 from dmq_jax.quant.tensor import QuantizedTensor, QuantSpec, dequantize, pack
 from dmq_jax.runtime import checkpoint, log
@@ -66,7 +66,8 @@ def make(
         path: pack(weight.codes, weight.scale, weight.zero_point, spec=plan[path].weight)
         for path, weight in bound.weights.items()
     }
-    flat = traverse_util.flatten_dict(jax.device_get(teacher.params), sep='/')
+    params = with_leaves(jax.device_get(teacher.params), bound.params)
+    flat = traverse_util.flatten_dict(params, sep='/')
     kept = {
         name: leaf for name, leaf in flat.items() if name.removesuffix('/kernel') not in weights
     }

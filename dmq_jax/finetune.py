@@ -23,8 +23,8 @@ from dmq_jax import denoisers
 from dmq_jax.config import FinetuneConfig
 from dmq_jax.diffusion import samplers
 from dmq_jax.methods.base import Method, Prediction, State
-from dmq_jax.quant.layers import per_image
 from dmq_jax.quant.plan import Plan
+from dmq_jax.quant.rows import per_image
 from dmq_jax.runtime import log, mesh
 from dmq_jax.runtime.checkpoint import Checkpoints
 from dmq_jax.runtime.progress import progress
@@ -262,44 +262,86 @@ def run(
       FloatingPointError: the loss is not finite; names the step.
     """
     mesh.check_batch_size(device_mesh, config.batch_size, name='finetune.batch_size')
-    sampler = denoisers.make_denoiser_sampler(teacher.info, config.sampler)
+    sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
     optimizer = method.optimizer(state, make_decay(config))
     loss = make_loss(teacher, method, plan, timesteps, lookup, config)
     train_step = make_train_step(teacher, loss, optimizer, config)
     params = mesh.replicate(device_mesh, teacher.params)
-    positions = jax.jit(functools.partial(start_positions, teacher, sampler, config))(params, key)
-    train = TrainState(state, optimizer.init(state), positions, jnp.zeros((), jnp.int32))
-    train = jax.device_put(train, mesh.shardings(device_mesh, train, SHARDING_RULES))
-    # A copy: the step donates its state, and leaves may be shared with the caller's or be the
-    # same array twice (moments that all start from one zero).
-    train = jax.tree.map(jnp.copy, train)
 
-    with Checkpoints(workdir / 'checkpoints', config.max_to_keep) as checkpoints:
-        spent_s = 0.0
-        if (latest := checkpoints.latest()) is not None:
-            train, spent = checkpoints.restore(latest, like=(train, jnp.zeros(())))
-            spent_s = float(spent)
-        begin, began = int(train.step), time.monotonic()
-        with log.make_writer(workdir) as writer:
-            bar = progress(config.num_iterations, description, start=begin)
-            losses = []
-            for step in bar:
-                train, value = train_step(train, params, sampler, key)
-                losses.append(value)
-                done = step + 1
-                is_last = done == config.num_iterations
-                is_saved = is_last or done % config.checkpoint_every == 0
-                if is_saved or done % config.log_every == 0:
-                    # Before a checkpoint too: one with a state of NaN could never be left again.
-                    mean = _checked_mean(losses, description, done, checkpoints.latest())
-                    writer.write_scalars(done, {'loss': mean})
-                    bar.note(f'loss {mean:.4g}')
-                    losses = []
-                if is_saved:
-                    now_s = spent_s + time.monotonic() - began
-                    checkpoints.save(done, (train, jnp.asarray(now_s, jnp.float32)))
-        duration_s = spent_s + time.monotonic() - began
+    def start() -> TrainState:
+        draw = jax.jit(functools.partial(start_positions, teacher, sampler, config))
+        positions = draw(params, key)
+        return TrainState(state, optimizer.init(state), positions, jnp.zeros((), jnp.int32))
+
+    with (
+        Checkpoints(workdir / 'checkpoints', config.max_to_keep) as checkpoints,
+        log.make_writer(workdir) as writer,
+    ):
+        train, spent_s = restore_or_start(checkpoints, start, device_mesh)
+        train, duration_s = _descend(
+            lambda train: train_step(train, params, sampler, key), train, spent_s, config,
+            checkpoints=checkpoints, writer=writer, description=description,
+        )  # fmt: skip
     return Finetuned(jax.device_get(train.state), duration_s)
+
+
+def restore_or_start(
+    checkpoints: Checkpoints, start: Callable[[], TrainState], device_mesh: mesh.Mesh
+) -> tuple[TrainState, float]:
+    """The train state of the last checkpoint, or else the first one, placed on the devices.
+
+    Args:
+      checkpoints: of this run.
+      start: makes the first train state; only traced where there is a checkpoint.
+      device_mesh: see `SHARDING_RULES`.
+
+    Returns:
+      The train state, and the seconds spent until then.
+    """
+    latest = checkpoints.latest()
+    train = start() if latest is None else jax.eval_shape(start)
+    placement = mesh.shardings(device_mesh, train, SHARDING_RULES)
+    if latest is None:
+        # A copy: the step donates its state, and leaves may be shared with the caller's or be the
+        # same array twice (moments that all start from one zero).
+        return jax.tree.map(jnp.copy, jax.device_put(train, placement)), 0.0
+    like = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        train, placement,
+    )  # fmt: skip
+    train, spent_s = checkpoints.restore(latest, like=(like, jnp.zeros(())))
+    return train, float(spent_s)
+
+
+def _descend(
+    train_step: Callable[[TrainState], tuple[TrainState, Array]],
+    train: TrainState,
+    spent_s: float,
+    config: FinetuneConfig,
+    *,
+    checkpoints: Checkpoints,
+    writer: log.MetricWriter,
+    description: str,
+) -> tuple[TrainState, float]:
+    """The remaining steps, logged and saved; the last train state, and the seconds in all."""
+    began = time.monotonic()
+    bar = progress(config.num_iterations, description, start=int(train.step))
+    losses = []
+    for step in bar:
+        train, value = train_step(train)
+        losses.append(value)
+        done = step + 1
+        is_saved = done == config.num_iterations or done % config.checkpoint_every == 0
+        if is_saved or done % config.log_every == 0:
+            # Before a checkpoint too: one with a state of NaN could never be left again.
+            mean = _checked_mean(losses, description, done, checkpoints.latest())
+            writer.write_scalars(done, {'loss': mean})
+            bar.note(f'loss {mean:.4g}')
+            losses = []
+        if is_saved:
+            now_s = spent_s + time.monotonic() - began
+            checkpoints.save(done, (train, jnp.asarray(now_s, jnp.float32)))
+    return train, spent_s + time.monotonic() - began
 
 
 def _checked_mean(losses: list[Array], description: str, step: int, latest: int | None) -> float:

@@ -26,10 +26,12 @@ from dmq_jax import (
     methods,
     report,
     sampling,
+    teachers,
 )
 from dmq_jax import config as config_lib
 from dmq_jax.config import Config, StudentConfig
 from dmq_jax.quant import plan as plan_lib
+from dmq_jax.reporting import tables
 from dmq_jax.runtime import log, mesh
 from dmq_jax.runtime.progress import progress
 
@@ -60,9 +62,18 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = STAGES) -> None:
       config: of the run.
       workdir: receives everything.
       stages: some of `STAGES`; one whose input is not there makes that first.
+
+    Raises:
+      ValueError: another process works in `workdir`, or it holds a run of other options.
     """
     reference = evaluate.load_reference(config.evaluate)  # first: fails in a second, not in a day
     context = open_run(config, workdir, reference)
+    with artefacts.sole_user(workdir):
+        _run_stages(context, reference, stages)
+
+
+def _run_stages(context: Run, reference: evaluate.Reference, stages: Sequence[str]) -> None:
+    config, workdir = context.config, context.workdir
     # A run refused for its options must not replace the record of the one before it.
     if not (workdir / 'config.json').is_file():
         record(context)
@@ -111,14 +122,13 @@ def open_run(config: Config, workdir: Path, reference: evaluate.Reference) -> Ru
             device_mesh, min(config.calibrate.batch_size, config.calibrate.num_images),
             name='calibrate.batch_size',
         )  # fmt: skip
-    teacher = denoisers.load_teacher(config.teacher.path)
+    teacher = teachers.load_teacher(config.teacher.path, config.teacher.num_classes)
     evaluate.check(reference, teacher.info, config.sample.num_images)
     layers = denoisers.quantizable(teacher)
     plans = {n: denoisers.make_plan(layers, s.quant) for n, s in config.students.items()}
     finetunes = [s.finetune for s in config.students.values() if s.finetune.num_iterations]
     for sampler in (config.sampler, config.calibrate.sampler, *(f.sampler for f in finetunes)):
-        denoisers.make_denoiser_sampler(teacher.info, sampler)
-        denoisers.guided(teacher.predict, teacher.info, sampler.guidance_scale)
+        denoisers.make_denoiser_sampler(teacher, sampler)
     return Run(config, workdir, teacher, layers, plans, device_mesh, teacher_id(teacher))
 
 
@@ -136,7 +146,7 @@ def dry_run(config: Config) -> None:
     for name, plan in context.plans.items():
         print(f'\n{name}: {config.students[name].method.name}, '
               f'coverage {config.students[name].quant.coverage}')  # fmt: skip
-        for line in report.plan_table(context.layers, plan):
+        for line in tables.plan_table(context.layers, plan):
             print(line)
 
 
@@ -271,7 +281,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 def draw(context: Run, denoiser: denoisers.Denoiser, description: str) -> dict[str, np.ndarray]:
     """`arr_0`, all images; their `labels`; `images_per_second` after the first, compiling batch."""
     config = context.config
-    labels = sampling.balanced_labels(config.sample.num_images, denoiser.info.num_classes)
+    labels = denoisers.balanced_labels(config.sample.num_images, denoiser.info.num_classes)
     batches = sampling.batches(
         denoiser, config.sampler, labels=labels, num_images=config.sample.num_images,
         key=context.key('sample'), batch_size=config.sample.batch_size,
@@ -321,7 +331,7 @@ def measure(context: Run, reference: evaluate.Reference) -> None:
         'revision': log.git_revision(),
     }
     log.write_json(context.workdir / 'metrics.json', {'protocol': protocol, 'rows': rows})
-    for line in report.metrics_table(protocol, rows):
+    for line in tables.metrics_table(protocol, rows):
         print(line)
 
 

@@ -44,11 +44,6 @@ def to_uint8(images: Float[Array, '*shape']) -> UInt8[Array, '*shape']:
     return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-def balanced_labels(num_images: int, num_classes: int | None) -> Int[np.ndarray, 'N'] | None:
-    """Labels that go round the classes: every prefix is as balanced as can be."""
-    return None if num_classes is None else np.arange(num_images, dtype=np.int32) % num_classes
-
-
 @functools.partial(jax.jit, static_argnames=('predict', 'info', 'guidance_scale'))
 def sample_batch(
     predict: denoisers.Predict,
@@ -93,7 +88,7 @@ def batches(
       start: index of the first image wanted.
       device_mesh: splits every batch over its devices; None uses the default device.
     """
-    sampler = denoisers.make_denoiser_sampler(denoiser.info, config)
+    sampler = denoisers.make_denoiser_sampler(denoiser, config)
     params = denoiser.params
     if device_mesh is not None:
         params = mesh.replicate(device_mesh, params)

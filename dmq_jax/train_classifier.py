@@ -5,7 +5,7 @@ Called by `dmq_jax.train_teacher`; the network, its file and the reference file 
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -189,17 +189,8 @@ def run(
         )
     if num_epochs < 1:
         raise ValueError(f'num_epochs={num_epochs}: expected at least 1.')
-    channel_axes = (0, 1, 2)
-    model = Classifier(
-        num_classes,
-        features,
-        tuple(widths),
-        mean=tuple(round(float(v) / 255, 4) for v in np.mean(images, channel_axes)),
-        # A constant channel has no spread; one grey level keeps it finite.
-        std=tuple(round(max(float(v), 1.0) / 255, 4) for v in np.std(images, channel_axes)),
-    )
-    steps_per_epoch = len(images) // batch_size
-    num_steps = num_epochs * steps_per_epoch
+    model = make_model(images, num_classes, features, widths)
+    num_steps = num_epochs * (len(images) // batch_size)
     optimizer = make_optimizer(learning_rate, weight_decay, num_steps)
     augmentation = functools.partial(augment, max_shift=max_shift, flip=flip)
     train_step = make_train_step(model, optimizer, augmentation, label_smoothing, ema_decay)
@@ -209,28 +200,12 @@ def run(
         params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros((), jnp.int32)
     )
     data = jax.device_put((images, labels.astype(np.int32)))
-    order = np.random.default_rng(seed)
-    task = progress.add_task('classifier', total=num_steps) if progress else None
-    pending: list[Float[Array, '']] = []
-    # An accidental copy per step between host and device would go unnoticed otherwise.
-    with jax.transfer_guard('disallow'):
-        for step in range(num_steps):
-            position = step % steps_per_epoch * batch_size
-            if position == 0:
-                permutation = order.permutation(len(images))
-            indices = jax.device_put(permutation[position : position + batch_size].astype(np.int32))
-            state, loss = train_step(state, *data, indices, step_key)
-            pending.append(loss)
-            if len(pending) == STEPS_PER_CHECK or step == num_steps - 1:
-                losses = np.array(jax.device_get(pending))
-                check_losses(losses, first_step=step + 1 - len(losses))
-                pending.clear()
-                if progress:
-                    progress.update(
-                        task, completed=step + 1, description=f'classifier loss {losses.mean():.4f}'
-                    )
-
-    weights = jax.tree.map(lambda a: a.astype(jnp.float16).astype(jnp.float32), state.average)
+    batches = shuffled_batches(len(images), batch_size, num_epochs, seed)
+    average = _descend(
+        lambda state, indices: train_step(state, *data, indices, step_key),
+        state, batches, num_steps, progress,
+    )  # fmt: skip
+    weights = jax.tree.map(lambda a: a.astype(jnp.float16).astype(jnp.float32), average)
     network = FeatureNetwork(model, weights)
     _, probabilities = extract(network, test_images, min(500, len(test_images)))
     test_accuracy = float(np.mean(probabilities.argmax(axis=1) == test_labels))
@@ -242,6 +217,58 @@ def run(
         'seed': seed,
     }
     return TrainedClassifier(FeatureNetwork(model, weights, metadata), test_accuracy)
+
+
+def make_model(
+    images: UInt8[np.ndarray, 'N H W C'], num_classes: int, features: int, widths: Sequence[int]
+) -> Classifier:
+    """The classifier that scales its input as the mean and spread of `images` say."""
+    channel_axes = (0, 1, 2)
+    return Classifier(
+        num_classes,
+        features,
+        tuple(widths),
+        mean=tuple(round(float(v) / 255, 4) for v in np.mean(images, channel_axes)),
+        # A constant channel has no spread; one grey level keeps it finite.
+        std=tuple(round(max(float(v), 1.0) / 255, 4) for v in np.std(images, channel_axes)),
+    )
+
+
+def shuffled_batches(
+    num_images: int, batch_size: int, num_epochs: int, seed: int
+) -> Iterator[Int[np.ndarray, 'B']]:
+    """Yields the indices of each batch, every epoch in a new order, without a last partial one."""
+    order = np.random.default_rng(seed)
+    for _ in range(num_epochs):
+        permutation = order.permutation(num_images).astype(np.int32)
+        for position in range(0, num_images - batch_size + 1, batch_size):
+            yield permutation[position : position + batch_size]
+
+
+def _descend(
+    train_step: Callable[[TrainState, Array], tuple[TrainState, Array]],
+    state: TrainState,
+    batches: Iterator[Int[np.ndarray, 'B']],
+    num_steps: int,
+    progress: Progress | None,
+) -> Mapping[str, Any]:
+    """A step for each of the batches, `num_steps` in all; the average of the parameters."""
+    task = progress.add_task('classifier', total=num_steps) if progress else None
+    pending: list[Float[Array, '']] = []
+    # An accidental copy per step between host and device would go unnoticed otherwise.
+    with jax.transfer_guard('disallow'):
+        for step, indices in enumerate(batches, start=1):
+            state, loss = train_step(state, jax.device_put(indices))
+            pending.append(loss)
+            if len(pending) == STEPS_PER_CHECK or step == num_steps:
+                losses = np.array(jax.device_get(pending))
+                check_losses(losses, first_step=step - len(losses))
+                pending.clear()
+                if progress:
+                    progress.update(
+                        task, completed=step, description=f'classifier loss {losses.mean():.4f}'
+                    )
+    return state.average
 
 
 def check_dataset(

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
-from dmq_jax import artefacts, denoisers, sampling, train_classifier
+from dmq_jax import artefacts, denoisers, sampling, teachers, train_classifier
 from dmq_jax import config as config_lib
 from dmq_jax.diffusion import samplers
 from dmq_jax.diffusion.schedule import Schedule, alphas_cumprod
@@ -215,7 +215,16 @@ def preview_grid(denoiser: denoisers.Denoiser) -> UInt8[np.ndarray, 'H W C']:
 
 
 def run(config: config_lib.TrainTeacherConfig, workdir: Path) -> None:
-    """Trains teacher and classifier, and writes both with the reference statistics."""
+    """Trains teacher and classifier, and writes both with the reference statistics.
+
+    Raises:
+      ValueError: another process works in `workdir`, or it holds a run of other options.
+    """
+    with artefacts.sole_user(workdir):
+        _make_files(config, workdir)
+
+
+def _make_files(config: config_lib.TrainTeacherConfig, workdir: Path) -> None:
     dataset = load_dataset(config.dataset, 'train')
     test = load_dataset(config.dataset, 'test')
     log.write_json(workdir / 'config.json', config_lib.to_dict(config))
@@ -251,7 +260,7 @@ def run(config: config_lib.TrainTeacherConfig, workdir: Path) -> None:
         'revision': log.git_revision(),
         'versions': log.versions(),
     }
-    denoisers.save_teacher(workdir / f'{config.name}_teacher.safetensors', teacher, facts)
+    teachers.save_teacher(workdir / f'{config.name}_teacher.safetensors', teacher, facts)
     print(f'wrote {workdir}/{config.name}_*')
 
 

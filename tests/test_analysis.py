@@ -7,61 +7,20 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from dmq_jax import analysis, denoisers, methods
-from dmq_jax.config import QuantConfig, RoundToNearestConfig, SamplerConfig
-from dmq_jax.denoisers import DenoiserInfo, float_denoiser
-from dmq_jax.diffusion.schedule import Schedule
-from dmq_jax.models.ddpm_unet import DDPMUNet
-from dmq_jax.quant.layers import collect_stats, observe_inputs
-from dmq_jax.quant.plan import LayerSpec
+from dmq_jax import analysis, denoisers
+from dmq_jax.config import SamplerConfig
+from tests import tiny
 
-NETWORK = DDPMUNet(
-    channels=(8,), in_channels=1, out_channels=1, layers_per_block=1, num_groups=4,
-    down_attention=(True,), up_attention=(False,), mid_attention=False, num_class_embeds=4,
-)  # fmt: skip
-INFO = DenoiserInfo(
-    schedule=Schedule(kind='linear', num_train_timesteps=50, beta_start=1e-3, beta_end=0.1),
-    prediction='eps',
-    image_shape=(4, 4, 1),
-    num_classes=3,
-)
 SAMPLER = SamplerConfig(num_steps=5)
 # The same float32 sums in another order.
 TOLERANCE = 1e-5
 
 
-def make_teacher():
-    shapes = jax.eval_shape(
-        lambda key: denoisers.init_params(NETWORK, INFO, key), jax.random.key(0)
+def make_student(**quant):
+    plan, bound = tiny.rounded(per_timestep=False, **quant)
+    return denoisers.fake_student(
+        tiny.teacher(), plan, bound, tiny.calibration().timesteps, 'nearest'
     )
-    # Layers that start at zero, as after a true initialisation, would make every error zero.
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), jnp.float32), shapes
-    )
-    return float_denoiser(NETWORK, params, INFO)
-
-
-def make_student(teacher, **quant):
-    layers = denoisers.quantizable(teacher)
-    options = {'coverage': 'full', 'per_timestep': False, 'weight_observer': 'minmax',
-               'activation_observer': 'minmax'}  # fmt: skip
-    plan = denoisers.make_plan(layers, QuantConfig(**(options | quant)))
-    observed = {path: LayerSpec(weight=None, inputs=denoisers.OBSERVED) for path in plan}
-    x = jax.random.normal(jax.random.key(2), (3, *INFO.image_shape))
-    method = methods.make(RoundToNearestConfig(), plan)
-
-    @jax.jit
-    def bind(params):
-        with observe_inputs(observed, 64):
-            _, collections = NETWORK.apply(
-                {'params': params}, x, jnp.int32(9), jnp.arange(3), mutable=['stats']
-            )
-        stats = collect_stats(observed, collections['stats'])
-        stats = jax.tree.map(lambda a: a[None], stats)
-        return method.bind(params, method.init(params, stats, jax.random.key(0)))
-
-    return denoisers.fake_student(teacher, plan, bind(teacher.params), np.array([9]), 'nearest')
 
 
 def measure(teacher, student):
@@ -70,12 +29,12 @@ def measure(teacher, student):
 
 @pytest.fixture(scope='module')
 def teacher():
-    return make_teacher()
+    return tiny.teacher()
 
 
 @pytest.fixture(scope='module')
-def student(teacher):
-    return make_student(teacher, weight_bits=3, activation_bits=4)
+def student():
+    return make_student(weight_bits=3, activation_bits=4)
 
 
 @pytest.fixture(scope='module')
@@ -100,7 +59,7 @@ def result(counted):
 
 @pytest.mark.parametrize('is_on', [False, True])
 def test_all_gates_shut_is_the_teacher_and_all_open_the_student(teacher, student, is_on):
-    x = jax.random.normal(jax.random.key(4), (3, *INFO.image_shape))
+    x = jax.random.normal(jax.random.key(4), (3, *tiny.INFO.image_shape))
     t, y = jnp.array([40, 20, 1]), jnp.arange(3)
     gates = {path: jnp.asarray(is_on) for path, _ in student.predict.plan}
     mixed = jax.jit(functools.partial(analysis.predict_mixed, student.predict))(
@@ -138,7 +97,7 @@ def test_kernel_errors_equal_their_definition(result, teacher, student):
 
 
 def test_float_activations_leave_the_weights_to_blame(teacher):
-    student = make_student(teacher, weight_bits=3, activation_bits=32)
+    student = make_student(weight_bits=3, activation_bits=32)
     error = measure(teacher, student)['error']
     assert error['student'] == error['weights']
     assert max(error['activations']) == 0 < min(error['weights'])
@@ -151,7 +110,7 @@ def test_a_layer_alone_explains_a_student_that_quantizes_nothing_else(teacher, s
     quantized = traverse_util.flatten_dict(student.params['params'], sep='/')
     flat[f'{path}/kernel'] = quantized[f'{path}/kernel']
     alone = student._replace(
-        predict=denoisers.QuantizedPredict(NETWORK, plan, 'nearest', 'fake'),
+        predict=denoisers.QuantizedPredict(tiny.NETWORK, plan, 'nearest', 'fake'),
         params={
             **student.params,
             'params': traverse_util.unflatten_dict(flat, sep='/'),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import dmq_jax
-from dmq_jax import api, denoisers
+from dmq_jax import api, teachers
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +21,7 @@ QUANT = {'weight_observer': 'minmax', 'activation_observer': 'minmax', 'coverage
 @pytest.fixture(scope='module')
 def teacher(tmp_path_factory):
     path = tmp_path_factory.mktemp('teacher') / 'tiny.safetensors'
-    denoisers.save_teacher(path, tiny.teacher())
+    teachers.save_teacher(path, tiny.teacher())
     return dmq_jax.load_teacher(path)
 
 

@@ -1,4 +1,7 @@
 import json
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -112,3 +115,39 @@ def test_a_digest_sees_values_names_shapes_dtypes_and_settings():
     digests += [artefacts.digest(arrays, {'bits': 4}), artefacts.digest(arrays, {'bits': 8})]
     assert len(set(digests)) == len(digests)
     assert artefacts.digest(dict(reversed(arrays.items()))) == digests[0]
+
+
+HOLDER = """
+import pathlib, sys
+from dmq_jax import artefacts
+
+with artefacts.sole_user(pathlib.Path(sys.argv[1])):
+    print('in', flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_refused_while_another_process_works_there_and_free_once_it_is_killed(tmp_path):
+    folder = tmp_path / 'run'
+    root = pathlib.Path(__file__).parents[1]
+    with subprocess.Popen(
+        [sys.executable, '-c', HOLDER, folder], cwd=root, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as other:  # fmt: skip
+        assert other.stdout.readline() == 'in\n'
+        with pytest.raises(
+            ValueError, match=f'run is in use by process {other.pid} on .*--workdir'
+        ):
+            with artefacts.sole_user(folder):
+                pass
+        other.kill()
+        other.wait()
+        with artefacts.sole_user(folder):
+            pass
+
+
+def test_a_folder_is_free_again_after_an_error(tmp_path):
+    with pytest.raises(RuntimeError), artefacts.sole_user(tmp_path):
+        raise RuntimeError
+    with artefacts.sole_user(tmp_path):
+        pass

@@ -13,7 +13,7 @@ from dmq_jax.runtime import mesh
 from tests import tiny
 
 # float32 sums in another order, through three passes of the network; relative to the largest
-# value of the tensor (seen: 2e-6).
+# value of the tensor. Measured on CPU: 1.1e-6 at most, in both tests that use it.
 TOLERANCE = 5e-5
 
 
@@ -31,7 +31,7 @@ def assert_close_stats(found, expected):
 def manual_loop():
     """Statistics of the first batch, one observed call of the network at a time."""
     teacher, plan = tiny.teacher(), tiny.observed()
-    sampler = denoisers.make_denoiser_sampler(teacher.info, tiny.SAMPLER)
+    sampler = denoisers.make_denoiser_sampler(teacher, tiny.SAMPLER)
     indices = jnp.arange(tiny.CALIBRATE.batch_size, dtype=jnp.uint32)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(1), indices)
     labels = (indices % tiny.NUM_CLASSES).astype(jnp.int32)

@@ -9,6 +9,7 @@ import pytest
 
 from dmq_jax import config as config_lib
 from dmq_jax.config import (
+    CalibrateConfig,
     Config,
     EfficientDMConfig,
     EvaluateConfig,
@@ -20,6 +21,7 @@ from dmq_jax.config import (
     SampleConfig,
     SamplerConfig,
     StudentConfig,
+    TeacherConfig,
     base,
     from_config_dict,
     student,
@@ -159,6 +161,8 @@ def test_a_student_with_a_misspelt_option_is_refused_where_it_is_written():
         (lambda: SamplerConfig(eta=1.5), 'eta=1.5'),
         (lambda: SamplerConfig(name='ddpm', eta=1.0), 'only ddim has an eta'),
         (lambda: SamplerConfig(guidance_scale=float('nan')), 'guidance_scale=nan'),
+        (lambda: CalibrateConfig(num_images=48), 'num_images=48: expected a multiple'),
+        (lambda: CalibrateConfig(num_images=0), 'num_images=0'),
         (lambda: QuantConfig(activation_bits=1), 'activation_bits=1: expected 2..8'),
         (lambda: QuantConfig(percentile=5.0), 'percentile=5.0'),
         (lambda: QuantConfig(weight_group_size=0), 'weight_group_size=0'),
@@ -169,6 +173,7 @@ def test_a_student_with_a_misspelt_option_is_refused_where_it_is_written():
         (lambda: FinetuneConfig(batch_size=0), 'batch_size=0'),
         (lambda: StudentConfig(finetune=FinetuneConfig(num_iterations=5)), 'learns nothing'),
         (lambda: EvaluateConfig(reference=''), "reference=''"),
+        (lambda: TeacherConfig(num_classes=0), 'num_classes=0'),
         (lambda: MeshConfig(data=0), 'data=0'),
         (lambda: Config(seed=-1), 'seed=-1'),
     ],

@@ -61,7 +61,7 @@ def problem():
 def make_step(problem, config):
     """(compiled step, its first train state, sampler), on the default device."""
     teacher, method, state, plan = problem
-    sampler = denoisers.make_denoiser_sampler(INFO, config.sampler)
+    sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
     optimizer = method.optimizer(state, finetune.make_decay(config))
     loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', config)
     step = finetune.make_train_step(teacher, loss, optimizer, config)
@@ -121,7 +121,7 @@ def test_gradients_do_not_depend_on_recomputing_activations(problem):
 
 def test_predictions_are_weighed_by_where_they_take_the_sampler(problem):
     teacher, _, _, _ = problem
-    sampler = denoisers.make_denoiser_sampler(teacher.info, make_config().sampler)
+    sampler = denoisers.make_denoiser_sampler(teacher, make_config().sampler)
     gain = np.asarray(finetune.step_gain(sampler, 'step'))
     assert np.mean(gain**2) == pytest.approx(1.0, rel=1e-5)  # a few float32 operations
     carry = sampler.init(jnp.ones((1, *INFO.image_shape)))
@@ -165,7 +165,7 @@ def test_one_program_visits_the_right_timesteps_and_starts_anew(problem, positio
 def test_a_finished_trajectory_starts_from_new_noise_and_a_class_of_its_own(problem):
     teacher = problem[0]
     config = make_config()
-    sampler = denoisers.make_denoiser_sampler(INFO, config.sampler)
+    sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
     key = jax.random.key(KEY_SEED)
     start = finetune.start_positions(teacher, sampler, config, teacher.params, key)
     last = start._replace(index=jnp.full((8,), NUM_STEPS - 1).at[0].set(0))
@@ -210,6 +210,23 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(problem, tmp_path, monk
     moved = jax.tree.map(np.subtract, whole.state['lora'], jax.device_get(problem[2]['lora']))
     assert norm(moved) > 0
     assert [line['step'] for line in log.read_metrics(tmp_path / 'parts')] == list(range(1, 7))
+
+
+def test_start_positions_are_drawn_once_and_not_again_by_a_restart(problem, tmp_path, monkeypatch):
+    drawn, original = [], finetune.start_positions
+
+    def counted(*inputs):
+        jax.debug.callback(lambda: drawn.append(None))  # runs when the program does
+        return original(*inputs)
+
+    monkeypatch.setattr(finetune, 'start_positions', counted)
+    run(problem, make_config(num_iterations=2), tmp_path)
+    jax.effects_barrier()
+    assert len(drawn) == 1
+    again = run(problem, make_config(num_iterations=2), tmp_path)
+    jax.effects_barrier()
+    assert len(drawn) == 1
+    assert again.duration_s > 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(problem, tmp_path):

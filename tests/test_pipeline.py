@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmq_jax import artefacts, calibrate, command_line, denoisers, exporting, pipeline
+from dmq_jax import artefacts, calibrate, command_line, denoisers, exporting, pipeline, teachers
 from dmq_jax import config as config_lib
 from dmq_jax.denoisers import float_denoiser
 from dmq_jax.models.ddpm_unet import DDPMUNet
@@ -67,7 +67,7 @@ def make_files(folder):
         lambda key: denoisers.init_params(network, tiny.INFO, key), jax.random.key(0)
     )
     teacher = folder / 'teacher.safetensors'
-    denoisers.save_teacher(teacher, float_denoiser(network, tiny.random_like(shapes), tiny.INFO))
+    teachers.save_teacher(teacher, float_denoiser(network, tiny.random_like(shapes), tiny.INFO))
     evaluation = tuple(map(str, tiny.write_evaluation(folder)))
     text = CONFIG_FILE.format(
         teacher=str(teacher), evaluation=evaluation, num_images=NUM_IMAGES,
@@ -227,9 +227,9 @@ def test_other_options_in_the_same_workdir_are_refused(whole, config_file, chang
 
 def test_another_teacher_behind_the_same_path_is_refused(whole, config_file, tmp_path):
     folder = shutil.copytree(config_file.parent, tmp_path / 'files')
-    teacher = denoisers.load_teacher(folder / 'teacher.safetensors')
+    teacher = teachers.load_teacher(folder / 'teacher.safetensors')
     changed = jax.tree.map(lambda leaf: leaf + 1, teacher.params)
-    denoisers.save_teacher(folder / 'teacher.safetensors', teacher._replace(params=changed))
+    teachers.save_teacher(folder / 'teacher.safetensors', teacher._replace(params=changed))
     config = read_config(config_file, teacher__path=str(folder / 'teacher.safetensors'))
     with pytest.raises(ValueError, match='calibration was made with other options: teacher was'):
         pipeline.run(config, whole)
@@ -278,12 +278,12 @@ def test_what_can_fail_cheaply_fails_before_anything_is_made(config_file, tmp_pa
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config_file, tmp_path):
-    teacher = denoisers.load_teacher(config_file.parent / 'teacher.safetensors')
+    teacher = teachers.load_teacher(config_file.parent / 'teacher.safetensors')
     params = {
         **teacher.params,
         'conv_out': jax.tree.map(lambda a: a / 0, teacher.params['conv_out']),
     }
-    denoisers.save_teacher(tmp_path / 'broken.safetensors', teacher._replace(params=params))
+    teachers.save_teacher(tmp_path / 'broken.safetensors', teacher._replace(params=params))
     config = read_config(config_file, teacher__path=str(tmp_path / 'broken.safetensors'))
     with pytest.raises(FloatingPointError, match=r'finetune edm: loss is .* at step 4') as caught:
         pipeline.run(config, tmp_path, ['finetune'])

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmq_jax import sampling
+from dmq_jax import denoisers, sampling
 from dmq_jax.config import SamplerConfig
 from dmq_jax.runtime import mesh
 from tests import tiny
@@ -17,7 +17,7 @@ ONE_STEP = 1
 
 
 def draw(batch_size, *, start=0, devices=None, num_images=NUM_IMAGES):
-    labels = sampling.balanced_labels(num_images, tiny.NUM_CLASSES)
+    labels = denoisers.balanced_labels(num_images, tiny.NUM_CLASSES)
     return list(
         sampling.batches(
             tiny.teacher(),
@@ -97,14 +97,6 @@ def test_one_program_serves_all_batches_and_all_weights():
     other = teacher._replace(params=jax.tree.map(lambda a: 2 * a, teacher.params))
     sampling.draw(other, SAMPLER, labels=np.zeros(5, np.int32), key=jax.random.key(0), batch_size=5)
     assert sampling.sample_batch._cache_size() == before
-
-
-@pytest.mark.parametrize('num_images', [1, 7, 30])
-def test_labels_go_round_the_classes(num_images):
-    labels = sampling.balanced_labels(num_images, 3)
-    counts = np.bincount(labels, minlength=3)
-    assert len(labels) == num_images and counts.max() - counts.min() <= 1
-    assert sampling.balanced_labels(num_images, None) is None
 
 
 def test_a_grid_reads_row_by_row_and_is_white_where_images_are_missing():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dmq_jax import config as config_lib
-from dmq_jax import denoisers, train_teacher
+from dmq_jax import teachers, train_teacher
 from dmq_jax.metrics import classifier
 from dmq_jax.runtime import log
 from tests import tiny
@@ -74,14 +74,14 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     assert not (tmp_path / 'bars_teacher.safetensors').exists()
     # What only decides how often something is written may change.
     train_teacher.run(make_config(data, log_every=1), tmp_path)
-    expected = denoisers.load_teacher(uninterrupted / 'bars_teacher.safetensors')
-    found = denoisers.load_teacher(tmp_path / 'bars_teacher.safetensors')
+    expected = teachers.load_teacher(uninterrupted / 'bars_teacher.safetensors')
+    found = teachers.load_teacher(tmp_path / 'bars_teacher.safetensors')
     jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
     assert [line['step'] for line in log.read_metrics(tmp_path)] == [2, 3, 4]
 
 
 def test_every_file_is_there_and_they_belong_together(uninterrupted):
-    teacher = denoisers.load_teacher(uninterrupted / 'bars_teacher.safetensors')
+    teacher = teachers.load_teacher(uninterrupted / 'bars_teacher.safetensors')
     assert teacher.info.image_shape == (12, 12, 1)
     assert teacher.info.num_classes == 3 and teacher.network.num_class_embeds == 4
     network = classifier.load_classifier(uninterrupted / 'bars_classifier.safetensors')

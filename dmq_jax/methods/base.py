@@ -10,7 +10,7 @@ A method is made once, for a plan and a list of timesteps, and is then four pure
 * `optimizer(state, decay) -> optax transformation`: `decay(step)` falls from 1 to 0 over the run.
 
 `bind` knows no time: whatever depends on the timestep is a table of `Bound`, one row per timestep,
-from which `quant.layers.at_timestep` picks. Scales of weights that change with time (TuneQDM) are
+from which `quant.rows.at_timestep` picks. Scales of weights that change with time (TuneQDM) are
 tables on the input and the output of the integer product, so even then the codes stay the same.
 """
 
@@ -53,10 +53,13 @@ class Bound(NamedTuple):
     Attributes:
       weights: by path of the layer.
       tables: {path: {role: {'scale': [S] or [1], 'zero_point': the same}}}.
+      params: new values of parameters that stay in float, by 'path/name'; the others are the
+        teacher's.
     """
 
     weights: dict[str, WeightCodes]
     tables: Tables
+    params: Mapping[str, Array] = {}
 
 
 class Prediction(NamedTuple):
@@ -136,12 +139,16 @@ def per_group(
     return optax.GradientTransformation(init, update)
 
 
+def get_leaf(params: PyTree, name: str) -> Array:
+    """The parameter 'path/name'."""
+    for part in name.split('/'):
+        params = params[part]
+    return params
+
+
 def get_kernel(params: PyTree, path: str) -> Float[Array, '...']:
     """The kernel of the layer at `path`."""
-    node = params
-    for part in path.split('/'):
-        node = node[part]
-    return node['kernel']
+    return get_leaf(params, f'{path}/kernel')
 
 
 def init_inputs(plan: Plan, stats: Stats) -> Tables:
@@ -197,10 +204,14 @@ def dequantize_weight(weight: WeightCodes) -> Float[Array, '...']:
 
 def with_weights(params: PyTree, weights: Mapping[str, WeightCodes]) -> PyTree:
     """`params` with the kernels of `weights` replaced by what their codes stand for."""
-    flat = dict(traverse_util.flatten_dict(params, sep='/'))
-    for path, weight in weights.items():
-        flat[f'{path}/kernel'] = dequantize_weight(weight)
-    return traverse_util.unflatten_dict(flat, sep='/')
+    kernels = {f'{path}/kernel': dequantize_weight(weight) for path, weight in weights.items()}
+    return with_leaves(params, kernels)
+
+
+def with_leaves(params: PyTree, leaves: Mapping[str, Array]) -> PyTree:
+    """`params` with some leaves replaced, by 'path/name'."""
+    flat = traverse_util.flatten_dict(params, sep='/')
+    return traverse_util.unflatten_dict({**flat, **leaves}, sep='/')
 
 
 def by_path(rows: Mapping[str, Any]) -> PyTree:

@@ -15,7 +15,9 @@ Where this differs from the authors' code, on purpose:
   (`base='dequantized'` gives the code's behaviour);
 * the step of a weight is one parameter, not two tied ones with moments of their own;
 * a row of a table keeps Adam moments of its own and moves only when its timestep is trained;
-* no weight decay on scales.
+* no weight decay on scales;
+* biases and the parameters of normalizations, which stay in float and cost nothing at inference,
+  are trained as well (`affine_learning_rate=0` leaves them).
 
 A learning rate of a scale is relative to the scale's first value, as eq. 8 does for the update:
 scales differ by orders of magnitude between layers.
@@ -27,6 +29,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from jaxtyping import Array, PyTree
 
 from dmq_jax.config import EfficientDMConfig
@@ -61,6 +64,7 @@ def make(config: EfficientDMConfig, plan: Plan) -> base.Method:
                 for path, roles in inputs.items()
                 if path in trainable
             },
+            'affine': _zero_offsets(params) if config.affine_learning_rate else {},
             'calibrated': {'weight': weights, 'input': inputs},
         }
 
@@ -95,7 +99,11 @@ def make(config: EfficientDMConfig, plan: Plan) -> base.Method:
             }
             for path, roles in calibrated['input'].items()
         }
-        return base.Bound(weights, tables)
+        affine = {
+            name: jax.lax.stop_gradient(base.get_leaf(params, name)) + offset
+            for name, offset in state['affine'].items()
+        }
+        return base.Bound(weights, tables, affine)
 
     def optimizer(state, decay):
         def decayed(rate: float) -> optax.GradientTransformation:
@@ -115,6 +123,7 @@ def make(config: EfficientDMConfig, plan: Plan) -> base.Method:
                     optax.scale_by_adam(), decayed(config.weight_scale_learning_rate)
                 ),
                 'input': optax.multi_transform(tables, _last_names),
+                'affine': optax.chain(optax.scale_by_adam(), decayed(config.affine_learning_rate)),
                 'calibrated': optax.set_to_zero(),
             }
         )
@@ -129,6 +138,16 @@ def make(config: EfficientDMConfig, plan: Plan) -> base.Method:
 
     features = config.feature_layers if config.loss == 'feature' else None
     return base.Method(init, bind, loss, optimizer, features)
+
+
+def _zero_offsets(params):
+    """Zeros for every bias and every scale of a normalization, by 'path/name'."""
+    flat = traverse_util.flatten_dict(params, sep='/')
+    return {
+        name: jnp.zeros_like(leaf)
+        for name, leaf in flat.items()
+        if name.rpartition('/')[2] in ('bias', 'scale')
+    }
 
 
 def _unit(table):

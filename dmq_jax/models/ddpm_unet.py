@@ -230,14 +230,30 @@ class TimeEmbedding(nn.Module):
         return nn.Dense(self.width, dtype=self.dtype, name='dense_1')(nn.silu(h))
 
 
+def upsampled(x: Float[Array, 'B H W C']) -> Float[Array, 'B h w C']:
+    """Every pixel four times."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+
+
+def averaged(x: Float[Array, 'B H W C']) -> Float[Array, 'B h w C']:
+    """The mean of every 2x2 pixels."""
+    b, h, w, c = x.shape
+    return jnp.mean(x.reshape(b, h // 2, 2, w // 2, 2, c), axis=(2, 4))
+
+
 class ResBlock(nn.Module):
-    """Residual block whose second half is shifted by the timestep (DDPM; ADM if scale_shift)."""
+    """Residual block whose second half is shifted by the timestep (DDPM; ADM if scale_shift).
+
+    Attributes:
+      resample: applied to the input, and to the residual branch before its first convolution.
+    """
 
     width: int
     num_groups: int
     epsilon: float
     scale_shift: bool
     dtype: jnp.dtype
+    resample: Callable[[Array], Array] | None = None
 
     @nn.compact
     def __call__(
@@ -248,7 +264,10 @@ class ResBlock(nn.Module):
         def norm(name: str) -> Callable[[Array], Array]:
             return GroupNorm(self.num_groups, self.epsilon, self.dtype, name=name)
 
-        h = conv3x3(self.width, 'conv1', self.dtype)(nn.silu(norm('norm1')(x)))
+        h = nn.silu(norm('norm1')(x))
+        if self.resample is not None:
+            x, h = self.resample(x), self.resample(h)
+        h = conv3x3(self.width, 'conv1', self.dtype)(h)
         count = 2 * self.width if self.scale_shift else self.width
         shift = nn.Dense(count, dtype=self.dtype, name='time_proj')(nn.silu(embedding))
         shift = shift[:, None, None, :]
@@ -384,6 +403,5 @@ class UpLevel(nn.Module):
                     self.head_dim, self.num_groups, self.epsilon, self.dtype, name=f'attention_{j}'
                 )(x)
         if self.upsample:
-            x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
-            x = conv3x3(self.width, 'upsample', self.dtype)(x)
+            x = conv3x3(self.width, 'upsample', self.dtype)(upsampled(x))
         return x

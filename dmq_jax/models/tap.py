@@ -1,13 +1,14 @@
 """Paths for tensors that no layer owns: the operands of a product, or a tensor by itself.
 
-Quantization addresses a layer by its module path. `Dense` and `Conv` have one already; the two
-modules here give one to the attention products and to single tensors. In a float network both
+Quantization addresses a layer by its module path. `Dense` and `Conv` have one already; the
+modules here give one to the attention products and to single tensors. In a float network they
 are exactly the plain operation.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 class Product(nn.Module):
@@ -32,3 +33,51 @@ class Tap(nn.Module):
     def __call__(self, x: Float[Array, '*shape']) -> Float[Array, '*shape']:
         """`x`, unchanged."""
         return x
+
+
+class Attend(nn.Module):
+    """What each query gathers from the values: softmax(q k^T / sqrt(D)) v, head by head.
+
+    A float network computes it in one piece, which a compiler may fuse. The two products have the
+    paths `scores` and `mix` all the same: whoever wants to quantize their operands calls
+    `by_products` in place of the module.
+    """
+
+    def setup(self) -> None:
+        """Names the two products."""
+        self.scores = Product()
+        self.mix = Product()
+
+    def __call__(
+        self,
+        q: Float[Array, 'B L H D'],
+        k: Float[Array, 'B M H D'],
+        v: Float[Array, 'B M H D'],
+        mask: Bool[Array, '*B L M'] | None = None,
+    ) -> Float[Array, 'B L H D']:
+        """The result for every head; keys where `mask` (or the image's own) is False are unseen."""
+        mask = None if mask is None else _per_head(mask)
+        # It widens to float32 where it must, which strict promotion takes for an accident.
+        with jax.numpy_dtype_promotion('standard'):
+            return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+    def by_products(
+        self,
+        q: Float[Array, 'B L H D'],
+        k: Float[Array, 'B M H D'],
+        v: Float[Array, 'B M H D'],
+        mask: Bool[Array, '*B L M'] | None = None,
+    ) -> Float[Array, 'B L H D']:
+        """The same through the modules `scores` (q, k) and `mix` (softmax, v transposed)."""
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        scores = self.scores(q, k) * (q.shape[-1] ** -0.5)
+        # float32: a softmax in bfloat16 loses the small weights of a large image.
+        scores = scores.astype(jnp.float32)
+        if mask is not None:
+            scores = jnp.where(_per_head(mask), scores, jnp.finfo(jnp.float32).min)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return self.mix(weights, v.swapaxes(2, 3)).swapaxes(1, 2)
+
+
+def _per_head(mask: Bool[Array, '*B L M']) -> Bool[Array, 'b 1 L M']:
+    return mask[None, None] if mask.ndim == 2 else mask[:, None]

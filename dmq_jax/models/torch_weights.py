@@ -1,263 +1,70 @@
-"""Checkpoints of `DDPMUNet` in other projects' names and layouts.
+"""Torch checkpoints as parameters of our networks, whatever the family.
 
-The only place that renames and transposes checkpoint tensors. Two layouts are known:
+A family's own module (`ddpm_weights`, `adm_weights`, `ldm_weights`, ...) knows names and settings;
+here is what they share, and the only place that transposes checkpoint tensors. A family says, for
+every parameter of its network, which tensor of the checkpoint holds it:
 
-* diffusers' `UNet2DModel` (`down_blocks.0.resnets.0.conv1.weight`), whose settings come from its
-  `config.json`; attention in either of its spellings (`to_q` and, before 2023, `query`);
-* DDIM (Song et al. 2021, arXiv:2010.02502), ermongroup's and pesser's state dicts
-  (`down.0.block.0.conv1.weight`), where level i on the way up is stored under its *resolution* i,
-  not in the order of use, and attention is made of 1x1 convolutions.
+    def source(path: str) -> Source:                 # 'mid/attention_0/q/kernel' -> ...
+        return Source(rename(path, TABLE))           # a table of regular expressions
+        return Source('mid.attn.qkv.weight', part=0, parts=3)           # a third of a fused tensor
 
-Torch stores Linear as [O, I] and Conv2d as OIHW; Flax wants [I, O] and HWIO.
+and then, with `shapes = parameter_shapes(network, x, t)`, nothing of which is computed,
+
+    params = read_params(tensors, shapes, source)    # strict: every tensor, every shape
+    tensors = write_tensors(params, source)          # the inverse
+    wanted = expected_tensors(shapes, source)        # names and shapes that a checkpoint must have
+
+`tensors` is any mapping from names to arrays; they may be views of a file mapped into memory. They
+are converted one at a time, and each is handed to `put` as soon as it is ready, so that a caller
+who places them on a device there never has two copies of the network.
+
+Torch stores Linear as [O, I] and Conv2d as OIHW; Flax wants [I, O] and HWIO. A 1x1 convolution
+([O, I, 1] or [O, I, 1, 1]) whose place is a dense layer is taken as one.
+
+`read_settings` and `choose` do for a `config.json` what `read_params` does for tensors: whatever
+has no counterpart here is refused by name.
 """
 
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jaxtyping import PyTree
 
-from dmq_jax.models.ddpm_unet import DDPMUNet
-
-# Settings of UNet2DModel that DDPMUNet has one answer to: setting -> accepted values.
-_FIXED = {
-    'center_input_sample': (False,),
-    'time_embedding_type': ('positional',),
-    'mid_block_type': ('UNetMidBlock2D',),
-    'mid_block_scale_factor': (1,),
-    'downsample_type': ('conv',),
-    'upsample_type': ('conv',),
-    'act_fn': ('silu', 'swish'),
-    'class_embed_type': (None,),
-}
-# Settings that change nothing at inference.
-_WITHOUT_EFFECT = {'sample_size', 'dropout', 'num_train_timesteps'}
-# What UNet2DModel takes where its config.json, maybe older than the setting, is silent.
-_DEFAULTS = {
-    'in_channels': 3,
-    'out_channels': 3,
-    'freq_shift': 0,
-    'flip_sin_to_cos': True,
-    'down_block_types': ('DownBlock2D', *3 * ('AttnDownBlock2D',)),
-    'up_block_types': (*3 * ('AttnUpBlock2D',), 'UpBlock2D'),
-    'block_out_channels': (224, 448, 672, 896),
-    'layers_per_block': 2,
-    'downsample_padding': 1,
-    'attention_head_dim': 8,
-    'norm_num_groups': 32,
-    'attn_norm_num_groups': None,
-    'norm_eps': 1e-5,
-    'resnet_time_scale_shift': 'default',
-    'add_attention': True,
-    'num_class_embeds': None,
-    'time_embedding_dim': None,
-}
-_PADDING = {0: 'asymmetric', 1: 'symmetric'}
-_SCALE_SHIFT = {'default': False, 'scale_shift': True}
-_DOWN_ATTENTION = {'DownBlock2D': False, 'AttnDownBlock2D': True}
-_UP_ATTENTION = {'UpBlock2D': False, 'AttnUpBlock2D': True}
-
-# Path in DDPMUNet -> name in the other layout; the first match wins.
-_DIFFUSERS = (
-    ('conv_in', 'conv_in'),
-    ('time_embed/dense_0', 'time_embedding.linear_1'),
-    ('time_embed/dense_1', 'time_embedding.linear_2'),
-    ('class_embed', 'class_embedding'),
-    (r'(down|up)_(\d+)/block_(\d+)/time_proj', r'\1_blocks.\2.resnets.\3.time_emb_proj'),
-    (r'(down|up)_(\d+)/block_(\d+)/(\w+)', r'\1_blocks.\2.resnets.\3.\4'),
-    (r'(down|up)_(\d+)/attention_(\d+)/norm', r'\1_blocks.\2.attentions.\3.group_norm'),
-    (r'(down|up)_(\d+)/attention_(\d+)/out', r'\1_blocks.\2.attentions.\3.to_out.0'),
-    (r'(down|up)_(\d+)/attention_(\d+)/(\w+)', r'\1_blocks.\2.attentions.\3.to_\4'),
-    (r'(down|up)_(\d+)/(down|up)sample', r'\1_blocks.\2.\3samplers.0.conv'),
-    (r'mid/block_(\d+)/time_proj', r'mid_block.resnets.\1.time_emb_proj'),
-    (r'mid/block_(\d+)/(\w+)', r'mid_block.resnets.\1.\2'),
-    (r'mid/attention_(\d+)/norm', r'mid_block.attentions.\1.group_norm'),
-    (r'mid/attention_(\d+)/out', r'mid_block.attentions.\1.to_out.0'),
-    (r'mid/attention_(\d+)/(\w+)', r'mid_block.attentions.\1.to_\2'),
-    ('norm_out', 'conv_norm_out'),
-    ('conv_out', 'conv_out'),
-)
-_DDIM = (
-    ('conv_in', 'conv_in'),
-    (r'time_embed/dense_(\d+)', r'temb.dense.\1'),
-    (r'(down|up)_(\d+)/block_(\d+)/time_proj', r'\1.\2.block.\3.temb_proj'),
-    (r'(down|up)_(\d+)/block_(\d+)/conv_shortcut', r'\1.\2.block.\3.nin_shortcut'),
-    (r'(down|up)_(\d+)/block_(\d+)/(\w+)', r'\1.\2.block.\3.\4'),
-    (r'(down|up)_(\d+)/attention_(\d+)/out', r'\1.\2.attn.\3.proj_out'),
-    (r'(down|up)_(\d+)/attention_(\d+)/(\w+)', r'\1.\2.attn.\3.\4'),
-    (r'(down|up)_(\d+)/(down|up)sample', r'\1.\2.\3sample.conv'),
-    (r'mid/block_0/time_proj', r'mid.block_1.temb_proj'),
-    (r'mid/block_1/time_proj', r'mid.block_2.temb_proj'),
-    (r'mid/block_0/(\w+)', r'mid.block_1.\1'),
-    (r'mid/block_1/(\w+)', r'mid.block_2.\1'),
-    (r'mid/attention_0/out', r'mid.attn_1.proj_out'),
-    (r'mid/attention_0/(\w+)', r'mid.attn_1.\1'),
-    ('norm_out', 'norm_out'),
-    ('conv_out', 'conv_out'),
-)
-_OLD_ATTENTION = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
+# Rows (a pattern for the path of a module, its name there); the first match wins.
+Table = tuple[tuple[str, str], ...]
 
 
-def network_from_diffusers(config: Mapping[str, Any]) -> DDPMUNet:
-    """The network that a `config.json` of diffusers' `UNet2DModel` describes.
+class Source(NamedTuple):
+    """Where a checkpoint holds a parameter.
 
-    Settings absent from `config` have the value that `UNet2DModel` gives them.
-
-    Raises:
-      ValueError: a setting, or a value of one, that `DDPMUNet` has no counterpart of.
+    Attributes:
+      name: of the tensor.
+      part: which of the `parts` equal pieces along the tensor's first axis is meant.
+      parts: pieces that share the tensor; the others must have a parameter each.
+      heads: the first axis is divided into `heads` first, and each of these into `parts`: with 1
+        a fused tensor is (q of all heads, k of all heads, v of all heads), otherwise (q, k, v of
+        the first head, q, k, v of the second, ...).
+      transposed: kernels are stored in torch's order; False where a file has Flax's.
     """
-    if config.get('_class_name', 'UNet2DModel') != 'UNet2DModel':
-        raise ValueError(f'_class_name={config["_class_name"]!r}: expected UNet2DModel.')
-    for name, value in config.items():
-        if name in _FIXED and value not in _FIXED[name]:
-            raise _unsupported(name, value, _FIXED[name])
-        known = name in _FIXED or name in _DEFAULTS or name in _WITHOUT_EFFECT
-        if not known and not name.startswith('_'):
-            raise ValueError(f'{name}={value!r}: not a setting of UNet2DModel that is known here.')
-    settings = {**_DEFAULTS, **{k: v for k, v in config.items() if k in _DEFAULTS}}
 
-    def choose(name: str, table: Mapping[Any, Any], value: Any) -> Any:
-        if value not in table:
-            raise _unsupported(name, value, table)
-        return table[value]
-
-    def attention(name: str, table: Mapping[str, bool]) -> tuple[bool, ...]:
-        # 'UNetRes' is how the first releases spelled it; diffusers drops it, too.
-        return tuple(choose(name, table, kind.removeprefix('UNetRes')) for kind in settings[name])
-
-    channels = tuple(settings['block_out_channels'])
-    scale_shift = choose(
-        'resnet_time_scale_shift', _SCALE_SHIFT, settings['resnet_time_scale_shift']
-    )
-    groups = settings['norm_num_groups']
-    if not isinstance(groups, int):
-        raise _unsupported('norm_num_groups', groups, ('a number',))
-    if settings['time_embedding_dim'] not in (None, 4 * channels[0]):
-        raise _unsupported(
-            'time_embedding_dim', settings['time_embedding_dim'], (None, 4 * channels[0])
-        )
-    # With scale_shift, null means that the attention in the middle has no norm at all.
-    accepted = (groups,) if scale_shift else (groups, None)
-    if settings['add_attention'] and settings['attn_norm_num_groups'] not in accepted:
-        raise _unsupported('attn_norm_num_groups', settings['attn_norm_num_groups'], accepted)
-    return DDPMUNet(
-        channels=channels,
-        in_channels=settings['in_channels'],
-        out_channels=settings['out_channels'],
-        layers_per_block=settings['layers_per_block'],
-        down_attention=attention('down_block_types', _DOWN_ATTENTION),
-        up_attention=attention('up_block_types', _UP_ATTENTION),
-        mid_attention=settings['add_attention'],
-        head_dim=settings['attention_head_dim'],
-        num_groups=groups,
-        epsilon=settings['norm_eps'],
-        pad_downsample=choose('downsample_padding', _PADDING, settings['downsample_padding']),
-        cos_first=settings['flip_sin_to_cos'],
-        frequency_shift=settings['freq_shift'],
-        scale_shift=scale_shift,
-        num_class_embeds=settings['num_class_embeds'],
-    )
+    name: str
+    part: int = 0
+    parts: int = 1
+    heads: int = 1
+    transposed: bool = True
 
 
-def diffusers_from_network(network: DDPMUNet, image_size: tuple[int, int]) -> dict[str, Any]:
-    """The `config.json` of the `UNet2DModel` that computes what `network` does.
+def rename(path: str, table: Table) -> str:
+    """The name of the parameter at `path`: that of its module in `table`, `.weight` or `.bias`.
 
-    Args:
-      network: any settings but patches.
-      image_size: height and width, which the file states though no weight depends on them.
-
-    Raises:
-      ValueError: `patch_size` above 1, which `UNet2DModel` does not have.
+    The leaves `kernel`, `scale` and `embedding` are all called `weight` in torch.
     """
-    if network.patch_size != 1:
-        raise ValueError(f'patch_size={network.patch_size}: UNet2DModel has none; expected 1.')
-    up_attention = network.up_attention or network.down_attention[::-1]
-    down_types, up_types, paddings = (
-        {value: name for name, value in table.items()}
-        for table in (_DOWN_ATTENTION, _UP_ATTENTION, _PADDING)
-    )
-    return {
-        '_class_name': 'UNet2DModel',
-        'sample_size': image_size[0] if image_size[0] == image_size[1] else list(image_size),
-        'in_channels': network.in_channels,
-        'out_channels': network.out_channels or network.in_channels,
-        'block_out_channels': list(network.channels),
-        'layers_per_block': network.layers_per_block,
-        'down_block_types': [down_types[attention] for attention in network.down_attention],
-        'up_block_types': [up_types[attention] for attention in up_attention],
-        'add_attention': network.mid_attention,
-        'attention_head_dim': network.head_dim,
-        'norm_num_groups': network.num_groups,
-        'attn_norm_num_groups': network.num_groups,
-        'norm_eps': network.epsilon,
-        'downsample_padding': paddings[network.pad_downsample],
-        'flip_sin_to_cos': network.cos_first,
-        'freq_shift': network.frequency_shift,
-        'resnet_time_scale_shift': 'scale_shift' if network.scale_shift else 'default',
-        'num_class_embeds': network.num_class_embeds,
-    }
-
-
-def params_from_diffusers(tensors: Mapping[str, np.ndarray], network: DDPMUNet) -> PyTree:
-    """Parameters of `network` from the state dict of a `UNet2DModel`, float32.
-
-    Raises:
-      ValueError: naming the first tensor that is missing, left over or of another shape.
-    """
-    # A name of old attention ends in '.query.weight', one of now in '.to_q.weight'.
-    renamed = {}
-    for name in tensors:
-        head, _, leaf = name.rpartition('.')
-        block, _, layer = head.rpartition('.')
-        old = '.attentions.' in name and layer in _OLD_ATTENTION
-        renamed[f'{block}.{_OLD_ATTENTION[layer]}.{leaf}' if old else name] = name
-    return _params(tensors, renamed, network, _diffusers_name)
-
-
-def params_from_ddim(tensors: Mapping[str, np.ndarray], network: DDPMUNet) -> PyTree:
-    """Parameters of `network` from a state dict of the DDIM code, float32.
-
-    The prefix `module.`, which data-parallel training leaves on every name, is dropped.
-
-    Raises:
-      ValueError: naming the first tensor that is missing, left over or of another shape; or a
-        class-conditional network, which DDIM does not have.
-    """
-    if network.num_class_embeds is not None:
-        raise ValueError(
-            f'num_class_embeds={network.num_class_embeds}: DDIM checkpoints have no classes; '
-            f'expected None.'
-        )
-    renamed = {name.removeprefix('module.'): name for name in tensors}
-    last = len(network.channels) - 1
-
-    def ddim_name(path: str) -> str:
-        name = _rename(path, _DDIM)
-        return re.sub(r'^up\.(\d+)', lambda match: f'up.{last - int(match[1])}', name)
-
-    return _params(tensors, renamed, network, ddim_name)
-
-
-def diffusers_from_params(params: PyTree) -> dict[str, np.ndarray]:
-    """The state dict of the `UNet2DModel` with these parameters: `params_from_diffusers` undone."""
-    flat = traverse_util.flatten_dict(params, sep='/')
-    return {_diffusers_name(path): _to_torch(path, np.asarray(x)) for path, x in flat.items()}
-
-
-def _unsupported(name: str, value: Any, accepted: Iterable[Any]) -> ValueError:
-    return ValueError(
-        f'{name}={value!r} of UNet2DModel is not supported; expected '
-        f'{" or ".join(repr(a) for a in accepted)}.'
-    )
-
-
-def _rename(path: str, table: tuple[tuple[str, str], ...]) -> str:
-    """The foreign name of the parameter at `path`."""
     module, _, leaf = path.rpartition('/')
     for pattern, name in table:
         if match := re.fullmatch(pattern, module):
@@ -265,66 +72,202 @@ def _rename(path: str, table: tuple[tuple[str, str], ...]) -> str:
     raise AssertionError(f'{path} is in no row of the table of names')
 
 
-def _diffusers_name(path: str) -> str:
-    return _rename(path, _DIFFUSERS)
+def without_prefix(tensors: Iterable[str], prefix: str) -> dict[str, str]:
+    """The `names` for `read_params` of the tensors under `prefix`, which the file leaves on."""
+    return {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
 
 
-def _params(
+def parameter_shapes(network: nn.Module, *inputs: Any, **named: Any) -> PyTree:
+    """Shapes of the parameters, nothing computed; inputs may be `jax.ShapeDtypeStruct`."""
+    shapes = jax.eval_shape(
+        lambda *a, **k: network.init(jax.random.key(0), *a, **k), *inputs, **named
+    )
+    return shapes['params']
+
+
+def expected_tensors(shapes: PyTree, source: Callable[[str], Source]) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor that a checkpoint of these parameters must have.
+
+    Dense kernels are given as [O, I]; a checkpoint may have further axes of length 1.
+
+    Args:
+      shapes: the parameters, or anything with their shapes.
+      source: from a path such as 'mid/block_0/conv1/kernel' to where it is.
+    """
+    expected: dict[str, tuple[int, ...]] = {}
+    places: dict[str, list[Source]] = {}
+    for path, leaf in traverse_util.flatten_dict(shapes, sep='/').items():
+        where = source(path)
+        shape = _to_torch(path, np.broadcast_to(np.False_, leaf.shape), where).shape
+        expected[where.name] = (shape[0] * where.parts, *shape[1:]) if shape else ()
+        places.setdefault(where.name, []).append(where)
+    for name, holders in places.items():
+        parts = sorted(where.part for where in holders)
+        assert parts == list(range(holders[0].parts)), f'{name}: parameters take parts {parts}'
+    return expected
+
+
+def read_params(
     tensors: Mapping[str, np.ndarray],
-    renamed: Mapping[str, str],
-    network: DDPMUNet,
-    foreign_name: Callable[[str], str],
+    shapes: PyTree,
+    source: Callable[[str], Source],
+    *,
+    names: Mapping[str, str] | None = None,
+    dtype: Any = np.float32,
+    put: Callable[[str, np.ndarray], Any] | None = None,
 ) -> PyTree:
-    """The tree of `network`, filled; `renamed` maps today's spelling to the one in `tensors`."""
-    expected = traverse_util.flatten_dict(_parameter_shapes(network), sep='/')
-    names = {path: foreign_name(path) for path in expected}
-    missing = sorted(set(names.values()) - renamed.keys())
-    left_over = sorted(renamed.keys() - set(names.values()))
+    """Parameters of a network from the tensors of a checkpoint, no more and no fewer.
+
+    Args:
+      tensors: the checkpoint; each tensor is asked for once per parameter it holds, and once
+        for its shape unless the mapping has a method `shape_of(name)`.
+      shapes: what `parameter_shapes` says of the network.
+      source: from the path of a parameter to where the checkpoint has it.
+      names: from a name that `source` gives to the key in `tensors`, where they differ; keys of
+        `tensors` that are not among its values are passed over. None: every key, as it is.
+      dtype: of the parameters.
+      put: called with path and array; what it returns takes the place of the array.
+
+    Raises:
+      ValueError: naming the first tensor that is missing, left over or of another shape.
+    """
+    names = {name: name for name in tensors} if names is None else names
+    expected = expected_tensors(shapes, source)
+    missing = sorted(expected.keys() - names.keys())
+    left_over = sorted(names.keys() - expected.keys())
     if missing:
-        raise ValueError(
-            f'{len(missing)} tensors missing, e.g. {missing[0]!r}{_nearest(missing[0], left_over)}.'
-        )
+        near = [names[name] for name in _nearest(missing[0], left_over)]
+        raise ValueError(f'{len(missing)} tensors missing, e.g. {missing[0]!r}{_hint(near)}.')
     if left_over:
+        near = _nearest(left_over[0], expected)
         raise ValueError(
-            f'{len(left_over)} tensors unused, e.g. {renamed[left_over[0]]!r}'
-            f'{_nearest(left_over[0], names.values())}: another network?'
+            f'{len(left_over)} tensors unused, e.g. {names[left_over[0]]!r}{_hint(near)}: '
+            f'another network?'
         )
+    # Before the first conversion: a file of gigabytes is refused in a second.
+    for name, wanted in expected.items():
+        found = _shape_of(tensors, names[name])
+        ones = (1,) * (len(found) - len(wanted)) if len(wanted) == 2 else ()
+        if found != wanted + ones:
+            raise ValueError(f'{names[name]!r} has shape {found}, expected {wanted}.')
     flat = {}
-    for path, shape in expected.items():
-        tensor = np.asarray(tensors[renamed[names[path]]])
-        flat[path] = _from_torch(path, tensor, shape.ndim).astype(np.float32)
-        if flat[path].shape != shape.shape:
-            wanted = _to_torch(path, np.empty(shape.shape, np.bool_)).shape
-            raise ValueError(
-                f'{renamed[names[path]]!r} has shape {tensor.shape}, expected {wanted}.'
-            )
+    for path, leaf in traverse_util.flatten_dict(shapes, sep='/').items():
+        where = source(path)
+        tensor = _piece(np.asarray(tensors[names[where.name]]), where)
+        array = _from_torch(path, tensor, leaf.shape, where).astype(dtype, order='C')
+        assert array.shape == leaf.shape, f'{path}: {array.shape} is not {leaf.shape}'
+        flat[path] = array if put is None else put(path, array)
     return traverse_util.unflatten_dict(flat, sep='/')
 
 
-def _parameter_shapes(network: DDPMUNet) -> PyTree:
-    side = network.patch_size * 2 ** (len(network.channels) - 1)
-    x = jax.ShapeDtypeStruct((1, side, side, network.in_channels), jnp.float32)
-    number = jax.ShapeDtypeStruct((1,), jnp.int32)
-    y = None if network.num_class_embeds is None else number
-    return jax.eval_shape(network.init, jax.random.key(0), x, number, y)['params']
+def write_tensors(params: PyTree, source: Callable[[str], Source]) -> dict[str, np.ndarray]:
+    """The checkpoint that `read_params` reads as `params`, dtypes as they are."""
+    pieces: dict[str, dict[int, np.ndarray]] = {}
+    heads = {}
+    for path, array in traverse_util.flatten_dict(params, sep='/').items():
+        where = source(path)
+        pieces.setdefault(where.name, {})[where.part] = _to_torch(path, np.asarray(array), where)
+        heads[where.name] = where.heads
+    return {
+        name: _fused([found[part] for part in sorted(found)], heads[name])
+        for name, found in pieces.items()
+    }
 
 
-def _nearest(name: str, candidates: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, candidates, n=1)
-    return f' (nearest: {close[0]!r})' if close else ''
+def read_settings(
+    config: Mapping[str, Any],
+    *,
+    class_name: str,
+    defaults: Mapping[str, Any],
+    fixed: Mapping[str, tuple[Any, ...]],
+    without_effect: Iterable[str] = (),
+) -> dict[str, Any]:
+    """The settings of a `config.json`, completed by what its class takes where it is silent.
+
+    Args:
+      config: the file; names that begin with an underscore are remarks of diffusers.
+      class_name: the `_class_name` that it may have.
+      defaults: every setting that has a counterpart here.
+      fixed: settings that our network has one answer to, with the accepted values.
+      without_effect: settings that change nothing at inference.
+
+    Raises:
+      ValueError: another class, a setting that is not known, or a value without a counterpart.
+    """
+    if config.get('_class_name', class_name) != class_name:
+        raise ValueError(f'_class_name={config["_class_name"]!r}: expected {class_name}.')
+    for name, value in config.items():
+        if name in fixed and _hashable(value) not in map(_hashable, fixed[name]):
+            raise unsupported(name, value, fixed[name], class_name=class_name)
+        known = name in fixed or name in defaults or name in without_effect
+        if not known and not name.startswith('_'):
+            raise ValueError(f'{name}={value!r}: not a setting of {class_name} that is known here.')
+    return {**defaults, **{name: value for name, value in config.items() if name in defaults}}
 
 
-def _from_torch(path: str, tensor: np.ndarray, ndim: int) -> np.ndarray:
-    if not path.endswith('/kernel'):
+def choose(name: str, table: Mapping[Any, Any], value: Any, *, class_name: str) -> Any:
+    """The entry of `table` for the value of setting `name`.
+
+    Raises:
+      ValueError: the table has none.
+    """
+    if _hashable(value) not in table:
+        raise unsupported(name, value, table, class_name=class_name)
+    return table[value]
+
+
+def unsupported(name: str, value: Any, accepted: Iterable[Any], *, class_name: str) -> ValueError:
+    """The error for a value that our network has no counterpart of."""
+    return ValueError(
+        f'{name}={value!r} of {class_name} is not supported; expected '
+        f'{" or ".join(repr(a) for a in accepted)}.'
+    )
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value
+
+
+def _nearest(name: str, candidates: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(name, candidates, n=1)
+
+
+def _hint(near: list[str]) -> str:
+    return f' (nearest: {near[0]!r})' if near else ''
+
+
+def _shape_of(tensors: Mapping[str, np.ndarray], name: str) -> tuple[int, ...]:
+    if hasattr(tensors, 'shape_of'):
+        return tuple(tensors.shape_of(name))
+    return tuple(tensors[name].shape)
+
+
+def _piece(tensor: np.ndarray, where: Source) -> np.ndarray:
+    if where.parts == 1:
         return tensor
-    if ndim == 2:
-        # A 1x1 convolution over pixels, or over a sequence, is a dense layer.
-        ones = tuple(axis for axis in range(2, tensor.ndim) if tensor.shape[axis] == 1)
-        return tensor.squeeze(ones).T
-    return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor
+    split = tensor.reshape(where.heads, where.parts, -1, *tensor.shape[1:])
+    return split[:, where.part].reshape(-1, *tensor.shape[1:])
 
 
-def _to_torch(path: str, array: np.ndarray) -> np.ndarray:
-    if not path.endswith('/kernel'):
-        return array
-    return np.ascontiguousarray(array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1))
+def _fused(pieces: list[np.ndarray], heads: int) -> np.ndarray:
+    if len(pieces) == 1:
+        return np.asarray(pieces[0], order='C')
+    rest = pieces[0].shape[1:]
+    split = [piece.reshape(heads, 1, -1, *rest) for piece in pieces]
+    return np.concatenate(split, axis=1).reshape(-1, *rest)
+
+
+def _is_kernel(path: str, where: Source) -> bool:
+    return path.endswith('/kernel') and where.transposed
+
+
+def _from_torch(path: str, tensor: np.ndarray, shape: tuple[int, ...], where: Source) -> np.ndarray:
+    if not _is_kernel(path, where):
+        return tensor
+    if len(shape) == 2:
+        tensor = tensor.reshape(tensor.shape[:2])
+    return np.moveaxis(tensor, (0, 1), (-1, -2))
+
+
+def _to_torch(path: str, array: np.ndarray, where: Source) -> np.ndarray:
+    return np.moveaxis(array, (-1, -2), (0, 1)) if _is_kernel(path, where) else array

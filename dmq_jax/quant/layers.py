@@ -8,12 +8,11 @@ named as products and taps, in one of three modes:
 * `integer`: inputs become int8 codes and the products run on integers.
 
 A layer is quantized iff the plan names it; what it is quantized with stands at its path in the
-collection `quant`. Tables of scales have a leading axis of timesteps; `at_timestep` picks the row
-before the network is called, so no layer ever knows the time and nothing counts calls.
+collection `quant`: for its inputs, rows that `quant.rows.at_timestep` picked before the network was
+called.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -21,15 +20,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from dmq_jax.quant import numerics, observers, products
-from dmq_jax.quant.plan import INPUT_ROLES, LayerSpec, Plan, QuantizableLayer
-from dmq_jax.quant.tensor import QuantizedTensor, QuantSpec, expand, unpack_rows
-from kernels.int_conv.api import int_conv
-from kernels.int_matmul.api import int_matmul
-
-Rows = Mapping[str, Array]  # 'scale' and 'zero_point' of one tensor: [] or one per image [B]
+from dmq_jax.quant import observers
+from dmq_jax.quant.integer import integer_layer, integer_product, straight_through_layer
+from dmq_jax.quant.plan import INPUT_ROLES, Plan, QuantizableLayer
+from dmq_jax.quant.rows import at_timestep, fake_quantize_input
+from dmq_jax.quant.tensor import QuantSpec
 
 # Named, not imported: quant knows no network, and a user's own modules may use these names.
 _PRODUCTS = {'Product': 'product', 'Tap': 'tap'}
@@ -42,70 +39,6 @@ def layer_kind(module: nn.Module) -> str | None:
     if isinstance(module, nn.Conv):
         return 'conv'
     return _PRODUCTS.get(type(module).__name__)
-
-
-def at_timestep(
-    tables: PyTree, timesteps: Int[Array, 'S'], t: Array, *, lookup: str = 'nearest'
-) -> PyTree:
-    """The row of every table (leading axis S, or 1 where all timesteps share it) for `t`.
-
-    Args:
-      tables: arrays with a leading axis of S timesteps, or of 1.
-      timesteps: what each row belongs to, descending as visited; any other `t` is served too.
-      t: a scalar, or one per image [B]; then rows have a leading axis B.
-      lookup: 'nearest' timestep, or 'linear' interpolation between the two around `t` (the ends
-        are held beyond the first and last).
-
-    Raises:
-      ValueError: an unknown lookup.
-    """
-    if lookup not in ('nearest', 'linear'):
-        raise ValueError(f"timestep_lookup={lookup!r}: expected 'nearest' or 'linear'.")
-    t, timesteps = jnp.asarray(t), jnp.asarray(timesteps)
-
-    def constant(table: Array) -> Array:
-        row = table[0]
-        return row if t.ndim == 0 else jnp.broadcast_to(row, (*t.shape, *row.shape))
-
-    if lookup == 'nearest':
-        rows = timesteps.astype(jnp.float32).reshape((1,) * t.ndim + (-1,))
-        nearest = jnp.argmin(jnp.abs(rows - t.astype(jnp.float32)[..., None]), axis=-1)
-
-        def pick(table: Array) -> Array:
-            return constant(table) if table.shape[0] == 1 else table[nearest]
-    else:
-        ascending = timesteps[::-1].astype(jnp.float32)
-        position = jnp.interp(
-            t.astype(jnp.float32), ascending, jnp.arange(timesteps.size, dtype=jnp.float32)
-        )
-        below = jnp.floor(position).astype(jnp.int32)
-        above = jnp.minimum(below + 1, timesteps.size - 1)
-        share = position - below.astype(jnp.float32)
-
-        def pick(table: Array) -> Array:
-            if table.shape[0] == 1:
-                return constant(table)
-            weight = share.reshape(share.shape + (1,) * (table.ndim - 1))
-            rows = table[::-1]
-            return rows[below] * (1 - weight) + rows[above] * weight
-
-    return jax.tree.map(pick, tables)
-
-
-def per_image(row: Array, ndim: int) -> Array:
-    """A row that broadcasts against a tensor of `ndim` axes: [] as it is, [B] as [B, 1, ...]."""
-    return row if row.ndim == 0 else row.reshape(row.shape + (1,) * (ndim - row.ndim))
-
-
-def fake_quantize_input(x: Float[Array, 'B ...'], rows: Rows, spec: QuantSpec) -> Array:
-    """`x` rounded to the grid of `spec` at the given scale and zero point."""
-    qmin, qmax = spec.grid
-    scale, zero_point = (per_image(rows[name], x.ndim) for name in ('scale', 'zero_point'))
-    rounded = numerics.fake_quantize(
-        x.astype(jnp.float32), scale, zero_point, float(qmin), float(qmax)
-    ).astype(x.dtype)
-    # An analysis switches layers on and off by data, so that one program serves them all.
-    return jnp.where(rows['gate'], rounded, x) if 'gate' in rows else rounded
 
 
 class FakeQuant(nn.Module):
@@ -259,7 +192,8 @@ def fake_quantized(plan: Plan) -> contextlib.AbstractContextManager[None]:
 
     def action(module, kind, spec, args, proceed):
         if kind in ('dense', 'conv') and module.has_variable('quant', 'weight'):
-            return straight_through_layer(module, args[0], spec)
+            rows = _entry(module, 'input') if spec.inputs is not None else None
+            return straight_through_layer(module, args[0], rows, _entry(module, 'weight'), spec)
         if spec.inputs is not None:
             args = [
                 fake_quantize_input(x, _entry(module, role), spec.inputs)
@@ -268,47 +202,6 @@ def fake_quantized(plan: Plan) -> contextlib.AbstractContextManager[None]:
         return proceed(*args)
 
     return _intercepted(plan, action)
-
-
-def straight_through_layer(
-    module: nn.Dense | nn.Conv, x: Float[Array, 'B ...'], spec: LayerSpec
-) -> Float[Array, 'B ...']:
-    """A `Dense` or `Conv` of integer codes, with the gradients of the float layer.
-
-    Its value is that of integer mode where that is faster than float (`products`), its gradients
-    those of the product of the real values that the codes stand for.
-
-    Raises:
-      NotImplementedError: see `integer_layer`.
-    """
-    rows = _entry(module, 'input') if spec.inputs is not None else None
-    geometry = None if isinstance(module, nn.Dense) else conv_geometry(module, x.shape)
-
-    # A checkpoint for each layer: only `x` and the codes wait for the backward pass, and what is
-    # repeated there is repeated when this layer's turn comes, one layer at a time.
-    @jax.checkpoint
-    def multiply(x, rows, weight):
-        shape = weight['codes'].shape
-        kernel = numerics.dequantize(
-            weight['codes'], expand(weight['scale'], shape), expand(weight['zero_point'], shape)
-        )
-        x_hat = x if rows is None else fake_quantize_input(x, rows, spec.inputs)
-        if rows is None or 'gate' in rows or not products.integers_are_faster():
-            value = products.product(x_hat, kernel, geometry)
-        else:
-            entry = _int8_weight(
-                jnp.moveaxis(weight['codes'], -1, 0).astype(jnp.int32),
-                weight['scale'], jnp.round(weight['zero_point']).astype(jnp.int32),
-                spec.weight, shape,
-            )  # fmt: skip
-            value = _accumulate(module, *jax.lax.stop_gradient((x, rows, entry)), spec)
-        return products.with_float_gradients(geometry, x_hat, kernel, jax.lax.stop_gradient(value))
-
-    y = multiply(x.astype(jnp.float32), rows, dict(_entry(module, 'weight')))
-    if module.use_bias:
-        bias = module.get_variable('params', 'bias')
-        y = y + _as_last(bias.astype(jnp.float32), y.ndim)
-    return y.astype(module.dtype or x.dtype)
 
 
 def integer(plan: Plan) -> contextlib.AbstractContextManager[None]:
@@ -332,208 +225,3 @@ def integer(plan: Plan) -> contextlib.AbstractContextManager[None]:
         return integer_layer(module, args[0], rows[0], weight, spec)
 
     return _intercepted(plan, action)
-
-
-def carry_codes(
-    x: Float[Array, 'B ...'], rows: Rows, spec: QuantSpec
-) -> tuple[Int[Array, 'B ...'], Array | None]:
-    """int8 codes of `x`, and the code that means 0.0 (None: it is 0).
-
-    Up to 7 bits the zero point is subtracted at once: the difference of two codes still fits
-    int8, and zero padding is exact for free. At 8 bits codes are shifted by 128 into int8.
-    """
-    qmin, qmax = spec.grid
-    scale, zero_point = (per_image(rows[name], x.ndim) for name in ('scale', 'zero_point'))
-    codes = numerics.quantize(x.astype(jnp.float32), scale, zero_point, qmin, qmax)
-    if spec.symmetric:
-        return codes.astype(jnp.int8), None
-    rounded = jnp.round(zero_point)
-    if spec.bits < 8:
-        return (codes - rounded).astype(jnp.int8), None
-    return (codes - 128.0).astype(jnp.int8), jnp.round(rows['zero_point']).astype(jnp.int32) - 128
-
-
-def integer_product(
-    lhs: Float[Array, 'B *batch M K'],
-    rhs: Float[Array, 'B *batch N K'],
-    lhs_rows: Rows,
-    rhs_rows: Rows,
-    *,
-    spec: QuantSpec,
-) -> Float[Array, 'B *batch M N']:
-    """A product of two activations on integers, zero points taken out of the sum exactly."""
-    a, a_zero = carry_codes(lhs, lhs_rows, spec)
-    b, b_zero = carry_codes(rhs, rhs_rows, spec)
-    total = int_matmul(a, b, x_max=_largest(spec), w_max=_largest(spec))
-    if a_zero is not None:
-        # sum (a - za)(b - zb) = sum ab - za sum b - zb sum a + K za zb
-        za, zb = per_image(a_zero, a.ndim), per_image(b_zero, b.ndim)
-        a_sum = jnp.sum(a.astype(jnp.int32), axis=-1)[..., :, None]
-        b_sum = jnp.sum(b.astype(jnp.int32), axis=-1)[..., None, :]
-        total = total - za * b_sum - zb * a_sum + a.shape[-1] * za * zb
-    scale = per_image(lhs_rows['scale'], total.ndim) * per_image(rhs_rows['scale'], total.ndim)
-    return (total.astype(jnp.float32) * scale).astype(lhs.dtype)
-
-
-def integer_layer(
-    module: nn.Dense | nn.Conv,
-    x: Float[Array, 'B ...'],
-    rows: Rows | None,
-    weight: Mapping[str, Array] | None,
-    spec: LayerSpec,
-) -> Float[Array, 'B ...']:
-    """A `Dense` or `Conv` on integer codes, with its bias.
-
-    Raises:
-      NotImplementedError: grouped or dilated convolutions, or string paddings other than SAME and
-        VALID.
-    """
-    bias = module.get_variable('params', 'bias') if module.use_bias else None
-    if weight is None or rows is None:
-        y = _half_quantized(module, x, rows, weight, spec)
-    else:
-        y = _accumulate(module, x, rows, weight, spec)
-    if bias is not None:
-        y = y + _as_last(bias.astype(jnp.float32), y.ndim)
-    return y.astype(module.dtype or x.dtype)
-
-
-def integer_weight(tensor: QuantizedTensor) -> dict[str, Array]:
-    """The entry `weight` of the collection `quant` for integer mode.
-
-    `codes` are int8 with the output channel first. Up to 7 bits an asymmetric weight's zero point
-    is subtracted at once; at 8 bits codes and zero point are shifted by 128 into int8.
-    """
-    return _int8_weight(
-        jnp.asarray(unpack_rows(tensor)).astype(jnp.int32),
-        jnp.asarray(tensor.scale), jnp.asarray(tensor.zero_point), tensor.spec, tensor.shape,
-    )  # fmt: skip
-
-
-def _int8_weight(codes, scale, zero_point, spec, shape):
-    """`integer_weight` of int32 codes with the output channel first, shape [N, ..., K]."""
-    if _keeps_zero_point(spec):
-        codes, zero_point = codes - 128, zero_point - 128
-    elif not spec.symmetric:
-        zeros = jnp.broadcast_to(expand(zero_point, shape), shape)
-        codes, zero_point = codes - jnp.moveaxis(zeros, -1, 0), jnp.zeros_like(zero_point)
-    return {'codes': codes.astype(jnp.int8), 'scale': scale, 'zero_point': zero_point}
-
-
-def _keeps_zero_point(spec: QuantSpec) -> bool:
-    """Whether codes minus zero point would not fit int8."""
-    return spec.bits == 8 and not spec.symmetric
-
-
-def _half_quantized(module, x, rows, weight, spec):
-    """A layer with float activations or float weights: the product of what they stand for."""
-    if rows is not None:
-        x = fake_quantize_input(x, rows, spec.inputs)
-    if weight is None:
-        kernel = module.get_variable('params', 'kernel')
-    else:
-        codes = jnp.moveaxis(weight['codes'], 0, -1).astype(jnp.float32)
-        zero_point = weight['zero_point'].astype(jnp.float32)
-        kernel = numerics.dequantize(
-            codes, expand(weight['scale'], codes.shape), expand(zero_point, codes.shape)
-        )
-    x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
-    if isinstance(module, nn.Dense):
-        return x @ kernel
-    strides, padding = conv_geometry(module, x.shape)
-    return jax.lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-    )
-
-
-def _accumulate(module, x, rows, weight, spec):
-    """scale_x * sum over groups of scale_w * (integer accumulator), zero points taken out."""
-    x_codes, x_zero = carry_codes(x, rows, spec.inputs)
-    codes, w_scale = weight['codes'], weight['scale']
-    bounds = {'x_max': _largest(spec.inputs), 'w_max': _largest(spec.weight)}
-    groups = w_scale.shape[-2]
-    size = codes.shape[-1] // groups
-    total = None
-    for g in range(groups):
-        part = slice(g * size, (g + 1) * size)
-        w, xs = codes[..., part], x_codes[..., part]
-        acc = _multiply(module, xs, w, x_zero, bounds)
-        if _keeps_zero_point(spec.weight):
-            # What a weight of ones would give: the sum of the codes under the kernel.
-            ones = jnp.ones((1, *w.shape[1:]), jnp.int8)
-            zero = _channels(weight['zero_point'], g)
-            acc = acc - _multiply(module, xs, ones, x_zero, bounds) * _as_last(zero, acc.ndim)
-        scaled = acc.astype(jnp.float32) * _as_last(_channels(w_scale, g), acc.ndim)
-        total = scaled if total is None else total + scaled
-    return total * per_image(rows['scale'], total.ndim)
-
-
-def _largest(spec: QuantSpec) -> int:
-    """The largest |code - zero point| of a tensor of `spec`, at least any |code| that int8 holds.
-
-    It bounds the sum with the zero points taken out; on the way there int32 may wrap around.
-    """
-    return 2 ** (spec.bits - 1) if spec.symmetric else 2**spec.bits - 1
-
-
-def _multiply(module, x, w, x_zero, bounds):
-    """Integer product or convolution, the zero point of `x` taken out."""
-    if isinstance(module, nn.Dense):
-        acc = int_matmul(x.reshape(-1, x.shape[-1]), w, **bounds)
-        acc = acc.reshape(*x.shape[:-1], w.shape[0])
-    else:
-        strides, padding = conv_geometry(module, x.shape)
-        pad_value = 0 if x_zero is None else x_zero
-        acc = int_conv(x, w, strides=strides, padding=padding, pad_value=pad_value, **bounds)
-    if x_zero is None:
-        return acc
-    column_sum = jnp.sum(w.astype(jnp.int32), axis=tuple(range(1, w.ndim)))
-    return acc - per_image(x_zero, acc.ndim) * _as_last(column_sum, acc.ndim)
-
-
-def _channels(table: Array, group: int) -> Array:
-    """Entry `group` of a `scale_shape` table: [] or [N]."""
-    return table.reshape(()) if table.size == 1 else table.reshape(-1, table.shape[-1])[group]
-
-
-def _as_last(vector: Array, ndim: int) -> Array:
-    """[N] or [] with axes of size 1 before it: ranks are never matched implicitly."""
-    return vector.reshape((1,) * (ndim - vector.ndim) + vector.shape)
-
-
-def conv_geometry(
-    module: nn.Conv, x_shape: tuple[int, ...]
-) -> tuple[tuple[int, int], tuple[tuple[int, int], tuple[int, int]]]:
-    """Strides and explicit padding of a Flax convolution over images of `x_shape`.
-
-    Raises:
-      NotImplementedError: groups, dilation, other than two spatial axes, or an unusual padding.
-    """
-    path = '/'.join(module.path)
-    sizes = module.kernel_size
-    if len(sizes) != 2:
-        raise NotImplementedError(f'{path}: {len(sizes)} spatial axes; integers need 2.')
-    pair = functools.partial(_as_pair, path=path)
-    dilated = pair(module.kernel_dilation) != (1, 1) or pair(module.input_dilation) != (1, 1)
-    if module.feature_group_count != 1 or dilated:
-        raise NotImplementedError(
-            f'{path}: grouped or dilated convolutions have no integer form here; leave the layer '
-            f'float with a rule.'
-        )
-    strides = pair(module.strides)
-    padding = module.padding
-    if isinstance(padding, str):
-        if padding not in ('SAME', 'VALID'):
-            raise NotImplementedError(f"{path}: padding={padding!r}; expected 'SAME' or 'VALID'.")
-        return strides, tuple(jax.lax.padtype_to_pads(x_shape[1:3], sizes, strides, padding))
-    sides = [padding, padding] if isinstance(padding, int) else padding
-    return strides, tuple((s, s) if isinstance(s, int) else tuple(s) for s in sides)
-
-
-def _as_pair(value, *, path):
-    if value is None:
-        return (1, 1)
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2:
-        raise NotImplementedError(f'{path}: {value} for two spatial axes.')
-    return pair

@@ -6,7 +6,7 @@ import pytest
 
 from dmq_jax.models import ddpm_unet
 from dmq_jax.models.ddpm_unet import DDPMUNet, depth_to_space, space_to_depth
-from dmq_jax.models.torch_weights import network_from_diffusers, params_from_diffusers
+from dmq_jax.models.ddpm_weights import network_from_diffusers, params_from_diffusers
 
 # Norm of the difference over the norm of the output. Both sides round in float32 and sum in their
 # own order: torch itself is 1.8e-6 from its float64 result at full width. Seen here: 2.4e-6 at full

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmq_jax.models.tap import Product, Tap
+from dmq_jax.models.tap import Attend, Product, Tap
 
 
 class Model(nn.Module):
@@ -46,3 +46,68 @@ def test_product_and_tap_have_paths_and_no_parameters():
         variables = Model().init(jax.random.key(0), random(4, 5), random(6, 5))
     assert set(paths) == {'', 'product', 'tap'}
     assert variables == {}
+
+
+class Attention(nn.Module):
+    products: bool
+
+    @nn.compact
+    def __call__(self, q, k, v, mask=None):
+        attend = Attend(name='attend')
+        return (attend.by_products if self.products else attend)(q, k, v, mask)
+
+
+def attention_inputs(dtype=np.float32):
+    rng = np.random.default_rng(0)
+    shapes = (2, 5, 3, 8), (2, 7, 3, 8), (2, 7, 3, 8)
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def attention_by_definition(q, k, v, mask=True):
+    """Softmax attention in float64, one head and one query at a time."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros((*q.shape[:3], v.shape[3]))
+    for b, i, h in np.ndindex(*q.shape[:3]):
+        scores = k[b, :, h] @ q[b, i, h] / np.sqrt(q.shape[3])
+        visible = np.broadcast_to(mask, (q.shape[0], q.shape[1], k.shape[1]))[b, i]
+        weights = np.where(visible, np.exp(scores - scores.max()), 0.0)
+        out[b, i, h] = weights / weights.sum() @ v[b, :, h]
+    return out
+
+
+CAUSAL = np.tril(np.ones((5, 7), bool))
+OF_EACH_IMAGE = np.stack([CAUSAL, CAUSAL[::-1]])
+MASKS = {'none': None, 'shared': CAUSAL, 'one for each image': OF_EACH_IMAGE}
+
+
+@pytest.mark.parametrize('products', [False, True])
+@pytest.mark.parametrize('mask', MASKS.values(), ids=MASKS)
+def test_attention_is_its_definition_fused_or_by_products(products, mask):
+    q, k, v = attention_inputs()
+    out = Attention(products).apply({}, q, k, v, mask)
+    reference = attention_by_definition(q, k, v, True if mask is None else mask)
+    # A dozen roundings of numbers of size 1 (seen: 4e-7).
+    assert np.abs(out - reference).max() < 2e-6
+
+
+@pytest.mark.parametrize('products', [False, True])
+def test_attention_keeps_bfloat16(products):
+    inputs = attention_inputs(jnp.bfloat16)
+    out = Attention(products).apply({}, *inputs)
+    assert out.dtype == jnp.bfloat16
+    # A few roundings to eps(bfloat16) = 8e-3 of numbers up to 2.
+    assert np.abs(np.asarray(out, np.float64) - attention_by_definition(*inputs)).max() < 5e-2
+
+
+@pytest.mark.parametrize('products, paths', [(False, set()), (True, {'scores', 'mix'})])
+def test_only_attention_by_products_runs_the_products(products, paths):
+    found = set()
+
+    def record(next_fun, args, kwargs, context):
+        if isinstance(context.module, Product):
+            found.add('/'.join(context.module.path))
+        return next_fun(*args, **kwargs)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(lambda *x: Attention(products).apply({}, *x), *attention_inputs())
+    assert found == {f'attend/{path}' for path in paths}

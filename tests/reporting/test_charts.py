@@ -5,8 +5,8 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from dmq_jax import charts
-from dmq_jax.charts import Axis, Series
+from dmq_jax.reporting import charts
+from dmq_jax.reporting.charts import Axis, Series
 
 X, Y = Axis('x'), Axis('y')
 

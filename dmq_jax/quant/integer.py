@@ -1,0 +1,269 @@
+"""Layers whose products run on integers: the arithmetic behind integer mode and training.
+
+Inputs become int8 codes, weights are int8 codes already, and zero points are taken out of the int32
+sums exactly, so that the result stands for the same number as rounding in float.
+"""
+
+import functools
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dmq_jax.quant import numerics, products
+from dmq_jax.quant.plan import LayerSpec
+from dmq_jax.quant.rows import Rows, fake_quantize_input, per_image
+from dmq_jax.quant.tensor import QuantizedTensor, QuantSpec, expand, unpack_rows
+from kernels.int_conv.api import int_conv
+from kernels.int_matmul.api import int_matmul
+
+
+def carry_codes(
+    x: Float[Array, 'B ...'], rows: Rows, spec: QuantSpec
+) -> tuple[Int[Array, 'B ...'], Array | None]:
+    """int8 codes of `x`, and the code that means 0.0 (None: it is 0).
+
+    Up to 7 bits the zero point is subtracted at once: the difference of two codes still fits
+    int8, and zero padding is exact for free. At 8 bits codes are shifted by 128 into int8.
+    """
+    qmin, qmax = spec.grid
+    scale, zero_point = (per_image(rows[name], x.ndim) for name in ('scale', 'zero_point'))
+    codes = numerics.quantize(x.astype(jnp.float32), scale, zero_point, qmin, qmax)
+    if spec.symmetric:
+        return codes.astype(jnp.int8), None
+    rounded = jnp.round(zero_point)
+    if spec.bits < 8:
+        return (codes - rounded).astype(jnp.int8), None
+    return (codes - 128.0).astype(jnp.int8), jnp.round(rows['zero_point']).astype(jnp.int32) - 128
+
+
+def integer_product(
+    lhs: Float[Array, 'B *batch M K'],
+    rhs: Float[Array, 'B *batch N K'],
+    lhs_rows: Rows,
+    rhs_rows: Rows,
+    *,
+    spec: QuantSpec,
+) -> Float[Array, 'B *batch M N']:
+    """A product of two activations on integers, zero points taken out of the sum exactly."""
+    a, a_zero = carry_codes(lhs, lhs_rows, spec)
+    b, b_zero = carry_codes(rhs, rhs_rows, spec)
+    total = int_matmul(a, b, x_max=_largest(spec), w_max=_largest(spec))
+    if a_zero is not None:
+        # sum (a - za)(b - zb) = sum ab - za sum b - zb sum a + K za zb
+        za, zb = per_image(a_zero, a.ndim), per_image(b_zero, b.ndim)
+        a_sum = jnp.sum(a.astype(jnp.int32), axis=-1)[..., :, None]
+        b_sum = jnp.sum(b.astype(jnp.int32), axis=-1)[..., None, :]
+        total = total - za * b_sum - zb * a_sum + a.shape[-1] * za * zb
+    scale = per_image(lhs_rows['scale'], total.ndim) * per_image(rhs_rows['scale'], total.ndim)
+    return (total.astype(jnp.float32) * scale).astype(lhs.dtype)
+
+
+def integer_layer(
+    module: nn.Dense | nn.Conv,
+    x: Float[Array, 'B ...'],
+    rows: Rows | None,
+    weight: Mapping[str, Array] | None,
+    spec: LayerSpec,
+) -> Float[Array, 'B ...']:
+    """A `Dense` or `Conv` on integer codes, with its bias.
+
+    Raises:
+      NotImplementedError: grouped or dilated convolutions, or string paddings other than SAME and
+        VALID.
+    """
+    bias = module.get_variable('params', 'bias') if module.use_bias else None
+    if weight is None or rows is None:
+        y = _half_quantized(module, x, rows, weight, spec)
+    else:
+        y = _accumulate(module, x, rows, weight, spec)
+    if bias is not None:
+        y = y + _as_last(bias.astype(jnp.float32), y.ndim)
+    return y.astype(module.dtype or x.dtype)
+
+
+def straight_through_layer(
+    module: nn.Dense | nn.Conv,
+    x: Float[Array, 'B ...'],
+    rows: Rows | None,
+    weight: Mapping[str, Array],
+    spec: LayerSpec,
+) -> Float[Array, 'B ...']:
+    """A `Dense` or `Conv` of integer codes, with the gradients of the float layer.
+
+    Its value is that of integer mode where that is faster than float (`products`), its gradients
+    those of the product of the real values that the codes stand for.
+
+    Raises:
+      NotImplementedError: see `integer_layer`.
+    """
+    geometry = None if isinstance(module, nn.Dense) else conv_geometry(module, x.shape)
+
+    # A checkpoint for each layer: only `x` and the codes wait for the backward pass, and what is
+    # repeated there is repeated when this layer's turn comes, one layer at a time.
+    @jax.checkpoint
+    def multiply(x, rows, weight):
+        shape = weight['codes'].shape
+        kernel = numerics.dequantize(
+            weight['codes'], expand(weight['scale'], shape), expand(weight['zero_point'], shape)
+        )
+        x_hat = x if rows is None else fake_quantize_input(x, rows, spec.inputs)
+        if rows is None or 'gate' in rows or not products.integers_are_faster():
+            value = products.product(x_hat, kernel, geometry)
+        else:
+            entry = _int8_weight(
+                jnp.moveaxis(weight['codes'], -1, 0).astype(jnp.int32),
+                weight['scale'], jnp.round(weight['zero_point']).astype(jnp.int32),
+                spec.weight, shape,
+            )  # fmt: skip
+            value = _accumulate(module, *jax.lax.stop_gradient((x, rows, entry)), spec)
+        return products.with_float_gradients(geometry, x_hat, kernel, jax.lax.stop_gradient(value))
+
+    y = multiply(x.astype(jnp.float32), rows, dict(weight))
+    if module.use_bias:
+        bias = module.get_variable('params', 'bias')
+        y = y + _as_last(bias.astype(jnp.float32), y.ndim)
+    return y.astype(module.dtype or x.dtype)
+
+
+def integer_weight(tensor: QuantizedTensor) -> dict[str, Array]:
+    """The entry `weight` of the collection `quant` for integer mode.
+
+    `codes` are int8 with the output channel first. Up to 7 bits an asymmetric weight's zero point
+    is subtracted at once; at 8 bits codes and zero point are shifted by 128 into int8.
+    """
+    return _int8_weight(
+        jnp.asarray(unpack_rows(tensor)).astype(jnp.int32),
+        jnp.asarray(tensor.scale), jnp.asarray(tensor.zero_point), tensor.spec, tensor.shape,
+    )  # fmt: skip
+
+
+def _int8_weight(codes, scale, zero_point, spec, shape):
+    """`integer_weight` of int32 codes with the output channel first, shape [N, ..., K]."""
+    if _keeps_zero_point(spec):
+        codes, zero_point = codes - 128, zero_point - 128
+    elif not spec.symmetric:
+        zeros = jnp.broadcast_to(expand(zero_point, shape), shape)
+        codes, zero_point = codes - jnp.moveaxis(zeros, -1, 0), jnp.zeros_like(zero_point)
+    return {'codes': codes.astype(jnp.int8), 'scale': scale, 'zero_point': zero_point}
+
+
+def _keeps_zero_point(spec: QuantSpec) -> bool:
+    """Whether codes minus zero point would not fit int8."""
+    return spec.bits == 8 and not spec.symmetric
+
+
+def _half_quantized(module, x, rows, weight, spec):
+    """A layer with float activations or float weights: the product of what they stand for."""
+    if rows is not None:
+        x = fake_quantize_input(x, rows, spec.inputs)
+    if weight is None:
+        kernel = module.get_variable('params', 'kernel')
+    else:
+        codes = jnp.moveaxis(weight['codes'], 0, -1).astype(jnp.float32)
+        zero_point = weight['zero_point'].astype(jnp.float32)
+        kernel = numerics.dequantize(
+            codes, expand(weight['scale'], codes.shape), expand(zero_point, codes.shape)
+        )
+    x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
+    if isinstance(module, nn.Dense):
+        return x @ kernel
+    strides, padding = conv_geometry(module, x.shape)
+    return jax.lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+
+
+def _accumulate(module, x, rows, weight, spec):
+    """scale_x * sum over groups of scale_w * (integer accumulator), zero points taken out."""
+    x_codes, x_zero = carry_codes(x, rows, spec.inputs)
+    codes, w_scale = weight['codes'], weight['scale']
+    bounds = {'x_max': _largest(spec.inputs), 'w_max': _largest(spec.weight)}
+    groups = w_scale.shape[-2]
+    size = codes.shape[-1] // groups
+    total = None
+    for g in range(groups):
+        part = slice(g * size, (g + 1) * size)
+        w, xs = codes[..., part], x_codes[..., part]
+        acc = _multiply(module, xs, w, x_zero, bounds)
+        if _keeps_zero_point(spec.weight):
+            # What a weight of ones would give: the sum of the codes under the kernel.
+            ones = jnp.ones((1, *w.shape[1:]), jnp.int8)
+            zero = _channels(weight['zero_point'], g)
+            acc = acc - _multiply(module, xs, ones, x_zero, bounds) * _as_last(zero, acc.ndim)
+        scaled = acc.astype(jnp.float32) * _as_last(_channels(w_scale, g), acc.ndim)
+        total = scaled if total is None else total + scaled
+    return total * per_image(rows['scale'], total.ndim)
+
+
+def _largest(spec: QuantSpec) -> int:
+    """The largest |code - zero point| of a tensor of `spec`, at least any |code| that int8 holds.
+
+    It bounds the sum with the zero points taken out; on the way there int32 may wrap around.
+    """
+    return 2 ** (spec.bits - 1) if spec.symmetric else 2**spec.bits - 1
+
+
+def _multiply(module, x, w, x_zero, bounds):
+    """Integer product or convolution, the zero point of `x` taken out."""
+    if isinstance(module, nn.Dense):
+        acc = int_matmul(x.reshape(-1, x.shape[-1]), w, **bounds)
+        acc = acc.reshape(*x.shape[:-1], w.shape[0])
+    else:
+        strides, padding = conv_geometry(module, x.shape)
+        pad_value = 0 if x_zero is None else x_zero
+        acc = int_conv(x, w, strides=strides, padding=padding, pad_value=pad_value, **bounds)
+    if x_zero is None:
+        return acc
+    column_sum = jnp.sum(w.astype(jnp.int32), axis=tuple(range(1, w.ndim)))
+    return acc - per_image(x_zero, acc.ndim) * _as_last(column_sum, acc.ndim)
+
+
+def _channels(table: Array, group: int) -> Array:
+    """Entry `group` of a `scale_shape` table: [] or [N]."""
+    return table.reshape(()) if table.size == 1 else table.reshape(-1, table.shape[-1])[group]
+
+
+def _as_last(vector: Array, ndim: int) -> Array:
+    """[N] or [] with axes of size 1 before it: ranks are never matched implicitly."""
+    return vector.reshape((1,) * (ndim - vector.ndim) + vector.shape)
+
+
+def conv_geometry(
+    module: nn.Conv, x_shape: tuple[int, ...]
+) -> tuple[tuple[int, int], tuple[tuple[int, int], tuple[int, int]]]:
+    """Strides and explicit padding of a Flax convolution over images of `x_shape`.
+
+    Raises:
+      NotImplementedError: groups, dilation, other than two spatial axes, or an unusual padding.
+    """
+    path = '/'.join(module.path)
+    sizes = module.kernel_size
+    if len(sizes) != 2:
+        raise NotImplementedError(f'{path}: {len(sizes)} spatial axes; integers need 2.')
+    pair = functools.partial(_as_pair, path=path)
+    dilated = pair(module.kernel_dilation) != (1, 1) or pair(module.input_dilation) != (1, 1)
+    if module.feature_group_count != 1 or dilated:
+        raise NotImplementedError(
+            f'{path}: grouped or dilated convolutions have no integer form here; leave the layer '
+            f'float with a rule.'
+        )
+    strides = pair(module.strides)
+    padding = module.padding
+    if isinstance(padding, str):
+        if padding not in ('SAME', 'VALID'):
+            raise NotImplementedError(f"{path}: padding={padding!r}; expected 'SAME' or 'VALID'.")
+        return strides, tuple(jax.lax.padtype_to_pads(x_shape[1:3], sizes, strides, padding))
+    sides = [padding, padding] if isinstance(padding, int) else padding
+    return strides, tuple((s, s) if isinstance(s, int) else tuple(s) for s in sides)
+
+
+def _as_pair(value, *, path):
+    if value is None:
+        return (1, 1)
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2:
+        raise NotImplementedError(f'{path}: {value} for two spatial axes.')
+    return pair

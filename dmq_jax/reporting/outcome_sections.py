@@ -1,0 +1,257 @@
+"""Sections about what came out: images, metrics, the course of learning, how it was made."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dmq_jax.config import ReportConfig
+from dmq_jax.reporting import charts
+from dmq_jax.reporting.charts import Axis, format_number
+from dmq_jax.reporting.markup import absent, escape, figure
+from dmq_jax.reporting.results import (
+    TEACHER,
+    Artefacts,
+    closed_gap,
+    describe_student,
+    find_baseline,
+    find_best,
+)
+from dmq_jax.reporting.tables import best_values, columns, is_known, percent
+
+CLASSES = {
+    'fashion_mnist': (
+        'T-shirt', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag',
+        'Boot',
+    ),
+}  # fmt: skip
+TITLES = {'fashion_mnist': 'Fashion-MNIST'}
+_PAGE_WIDTH = 950  # CSS pixels, less what the names of the classes take
+_IMAGE_WIDTH = 26  # CSS pixels, the least
+
+
+def page_title(found: Artefacts) -> str:
+    """What the run is about, e.g. 'Fashion-MNIST, quantized'."""
+    path = found.config.get('config', {}).get('teacher', {}).get('path', 'Diffusion')
+    name = Path(str(path)).name.removesuffix('.safetensors')
+    return f'{TITLES.get(name, name.replace("_", " ").capitalize())}, quantized'
+
+
+def header(found: Artefacts) -> str:
+    """Title, verdict, and the numbers of the best student."""
+    cards = ''
+    rows = found.rows
+    if (best := find_best(rows)) is not None and TEACHER in rows:
+        table = {column.key: column for column in columns(found.metrics['protocol']['distance'])}
+        names = {'class_accuracy': 'class accuracy', 'size_mb': 'megabytes',
+                 'images_per_second': 'images per second'}  # fmt: skip
+        for key in ('fd', 'class_accuracy', 'size_mb', 'images_per_second'):
+            if is_known(rows[best], key) and is_known(rows[TEACHER], key):
+                show = table[key].show
+                title = names.get(key, table[key].title)
+                cards += (
+                    f'<div class="card"><span>{escape(title)}</span>'
+                    f'<b>{show(rows[best][key])}</b>'
+                    f'<i>teacher {show(rows[TEACHER][key])}</i></div>'
+                )
+    return (
+        f'<header><p class="overline">dmq_jax report</p><h1>{escape(page_title(found))}</h1>'
+        f'<p class="verdict">{verdict(found)}</p>'
+        + (f'<div class="cards">{cards}</div>' if cards else '')
+        + '</header>'
+    )
+
+
+def verdict(found: Artefacts) -> str:
+    """The run in one sentence of HTML: what the best student wins back, and what it costs."""
+    rows = found.rows
+    best = find_best(rows)
+    if best is None or TEACHER not in rows:
+        return 'There are no metrics yet: the stage <code>evaluate</code> makes them.'
+    row, teacher, baseline = rows[best], rows[TEACHER], find_baseline(rows, best)
+    distance = escape(found.metrics['protocol']['distance'])
+    share = closed_gap(rows, best)
+    numbers = f'{format_number(row["fd"])}, teacher {format_number(teacher["fd"])}'
+    if share is None:
+        text = f'reaches a {distance} of {format_number(row["fd"])} '
+        text += f'(teacher {format_number(teacher["fd"])})'
+    elif share <= 0:
+        text = (
+            f'does not improve on <b>{escape(baseline)}</b>: its {distance} is {numbers}, '
+            f'that baseline {format_number(rows[baseline]["fd"])}'
+        )
+    else:
+        text = (
+            f'closes <strong>{100 * share:.0f} %</strong> of the {distance} gap that '
+            f'<b>{escape(baseline)}</b> leaves ({format_number(rows[baseline]["fd"])} → {numbers})'
+        )
+    clauses = [text]
+    if row.get('class_accuracy') is not None and teacher.get('class_accuracy') is not None:
+        clauses.append(
+            f'draws the class it is asked for in {percent(row["class_accuracy"])} of its images '
+            f'(teacher {percent(teacher["class_accuracy"])})'
+        )
+    ratio = teacher['size_mb'] / row['size_mb']
+    clauses.append(f'is <strong>{ratio:.1f} times</strong> smaller')
+    sentence = f'<b>{escape(best)}</b> {", ".join(clauses[:-1])}, and {clauses[-1]}.'
+    return sentence.replace(' %', '&nbsp;%')
+
+
+def images_section(found: Artefacts, config: ReportConfig) -> str:
+    """The same seeds drawn by every network, a row per class."""
+    if not found.images:
+        return absent('No images yet', 'sample')
+    labels = next(iter(found.images.values()))['labels']
+    # Fewer columns rather than networks that can only be seen by scrolling.
+    most = max(3, _PAGE_WIDTH // (len(found.images) * _IMAGE_WIDTH))
+    names, picked = pick_images(labels, config.grid_size, most, _class_names(found))
+    count = min(len(one['arr_0']) for one in found.images.values())
+    rows = ''.join(f'<span>{escape(name)}</span>' for name in names)
+    cells = f'<i></i><div class="classes">{rows}</div>'
+    for name, one in found.images.items():
+        shown = one['arr_0'][np.minimum(picked, count - 1)]
+        uri = charts.data_uri(charts.image_grid(shown))
+        label = escape(name).replace('_', '_<wbr>')
+        cells += (
+            f'<b class="{found.series(name).color}">{label}</b>'
+            f'<img src="{uri}" alt="images of {escape(name)}">'
+        )
+    widths = f'auto repeat({len(found.images)}, minmax({picked.shape[1] * _IMAGE_WIDTH}px, 1fr))'
+    return figure(
+        f'<div class="scroll"><div class="grids" style="grid-template-columns:{widths}">'
+        f'{cells}</div></div>',
+        'Every network starts from the same noise, so images at the same place should match: '
+        'compare outlines and textures with the teacher’s.',
+    )
+
+
+def pick_images(
+    labels: np.ndarray, grid_size: int, most: int, class_names: Sequence[str] | None
+) -> tuple[list[str], np.ndarray]:
+    """Names of the rows (none without labels), and the index of each image [rows, columns].
+
+    Args:
+      labels: class of each image; empty if unconditional.
+      grid_size: columns, and rows of unlabelled images; of labelled ones, at least 10 rows.
+      most: columns.
+      class_names: by label; None shows numbers.
+    """
+    if not labels.size:
+        side = min(grid_size, most)
+        return [], np.arange(grid_size * side).reshape(grid_size, side)
+    classes = np.unique(labels)[: max(grid_size, 10)]
+    found = [np.flatnonzero(labels == label) for label in classes]
+    num_columns = max(1, min(grid_size, most, *(len(indices) for indices in found)))
+    names = [str(label) if class_names is None else class_names[label] for label in classes]
+    return names, np.stack([indices[:num_columns] for indices in found])
+
+
+def _class_names(found: Artefacts) -> Sequence[str] | None:
+    path = found.config.get('config', {}).get('evaluate', {}).get('reference')
+    return CLASSES.get(str(path))
+
+
+def results_section(found: Artefacts) -> str:
+    """All metrics of all networks."""
+    if not found.rows:
+        return absent('No metrics yet', 'evaluate')
+    protocol = found.metrics['protocol']
+    rows = [found.rows[n] for n in (TEACHER, *found.students) if n in found.rows]
+    table = columns(protocol['distance'])
+    best = best_values(table, rows)
+    arrows = {min: ' ↓', max: ' ↑', None: ''}
+    heading = '<th scope="col">network</th>' + ''.join(
+        f'<th scope="col" title="{escape(c.about)}">{escape(c.title)}{arrows[c.best]}</th>'
+        for c in table
+    )
+    body = ''
+    for row in rows:
+        about = 'float' if row['name'] == TEACHER else describe_student(
+            found.student_config(row['name'])
+        )  # fmt: skip
+        color = found.series(row['name']).color
+        body += (
+            f'<tr><th scope="row"><span class="name {color}">{escape(row["name"])}</span>'
+            f'<small>{escape(about)}</small></th>'
+        )
+        for column in table:
+            if not is_known(row, column.key):
+                body += '<td class="none">–</td>'
+                continue
+            value, ratio = row[column.key], ''
+            teacher = found.rows.get(TEACHER, {})
+            if column.ratio and row['name'] != TEACHER and is_known(teacher, column.key):
+                ratio = f'<small>{column.ratio(teacher[column.key], value):.2f}×</small>'
+            is_best = row['name'] != TEACHER and value == best.get(column.key)
+            text = column.show(value)
+            shown = f'<b>{text}</b>' if is_best else text
+            body += f'<td{" class=best" * is_best}>{shown}{ratio}</td>'
+        body += '</tr>'
+    sampler = protocol['sampler']
+    return figure(
+        f'<div class="scroll"><table class="results"><thead><tr>{heading}</tr></thead>'
+        f'<tbody>{body}</tbody></table></div>',
+        f'The best student of each column is bold; × is against the teacher. '
+        f'{protocol["num_images"]} images per network, {escape(sampler["name"])} with '
+        f'{sampler["num_steps"]} steps, {protocol["reference_images"]} real images, students in '
+        f'{escape(protocol["mode"])} arithmetic on {escape(protocol["device"])}. '
+        + _gap_sentence(found.rows, found.students),
+    )
+
+
+def _gap_sentence(rows: Mapping[str, Mapping[str, Any]], students: Sequence[str]) -> str:
+    shares = {n: closed_gap(rows, n) for n in students if n in rows}
+    parts = [f'{escape(n)} {100 * share:.0f} %' for n, share in shares.items() if share is not None]
+    if not parts:
+        return ''
+    return (
+        f'Share of the distance to the teacher that is closed, counted from round to nearest of '
+        f'the same bits and coverage (static where there is one): {", ".join(parts)}.'
+    )
+
+
+def loss_section(found: Artefacts) -> str:
+    """The loss of every fine-tuned student."""
+    learnt = {name: lines for name, lines in found.losses.items() if lines}
+    if not learnt:
+        if any(found.student_config(n)['finetune']['num_iterations'] for n in found.students):
+            return absent('No losses yet', 'finetune')
+        return '<p class="absent">No student of this run is fine-tuned.</p>'
+    series = [
+        found.series(n, points=[(line['step'], line['loss']) for line in lines if 'loss' in line])
+        for n, lines in learnt.items()
+    ]
+    chart = charts.line_chart(series, Axis('optimizer step'), Axis('loss', log=True))
+    return figure(
+        f'<div>{charts.legend(series)}{chart}</div>',
+        'Squared distance between the predictions of student and teacher, per image. A curve that '
+        'still falls at the end asks for more steps; one that jumps, for lower learning rates.',
+        'beside',
+    )
+
+
+def provenance_section(found: Artefacts) -> str:
+    """Protocol, versions, device, revision and the whole config."""
+    protocol = found.metrics.get('protocol', {})
+    versions = found.config.get('versions') or protocol.get('versions', {})
+    facts = {
+        'revision': found.config.get('revision') or protocol.get('revision'),
+        'device': found.config.get('device') or protocol.get('device'),
+        'versions': ', '.join(f'{name} {version}' for name, version in versions.items()),
+        'features': protocol.get('features'),
+        'reference': protocol.get('reference'),
+        'sampler': ', '.join(f'{k} {v}' for k, v in protocol.get('sampler', {}).items()),
+        'seed': protocol.get('seed'),
+    }
+    items = ''.join(
+        f'<dt>{escape(name)}</dt><dd>{escape(value)}</dd>'
+        for name, value in facts.items()
+        if value not in (None, '')
+    )
+    config = json.dumps(found.config.get('config', {}), indent=2)
+    return (
+        f'<dl>{items}</dl><details><summary>All options of the run</summary>'
+        f'<pre>{escape(config)}</pre></details>'
+    )
