@@ -32,6 +32,14 @@ from dmq_jax.quant.tensor import QuantSpec
 _PRODUCTS = {'Product': 'product', 'Tap': 'tap'}
 
 
+# A module that computes several products in one piece unless asked to run them as modules.
+_FUSED, _UNFUSED = 'Attend', 'by_products'
+
+
+def _is_fused(module: nn.Module) -> bool:
+    return type(module).__name__ == _FUSED
+
+
 def layer_kind(module: nn.Module) -> str | None:
     """'dense', 'conv', 'product' or 'tap'; None for a module that is never quantized."""
     if isinstance(module, nn.Dense):
@@ -98,6 +106,8 @@ def quantizable_layers(
     found: dict[str, QuantizableLayer] = {}
 
     def note(next_fun, args, kwargs, context):
+        if context.method_name == '__call__' and _is_fused(context.module):
+            return getattr(context.module, _UNFUSED)(*args, **kwargs)
         kind = layer_kind(context.module)
         if context.method_name == '__call__' and kind is not None:
             path = '/'.join(context.module.path)
@@ -119,13 +129,19 @@ def quantizable_layers(
 @contextlib.contextmanager
 def _intercepted(plan: Plan, action: Callable[..., Any]) -> Iterator[None]:
     """Runs `action(module, kind, spec, args, proceed)` in place of every layer of `plan`."""
+    # Attention whose products stay in float remains in one piece.
+    unfused = {path.rpartition('/')[0] for path, spec in plan.items() if spec.inputs is not None}
 
     def intercept(next_fun, args, kwargs, context):
         module = context.module
-        kind = layer_kind(module)
-        if kind is None or context.method_name != '__call__':
+        if context.method_name != '__call__':
             return next_fun(*args, **kwargs)
         path = '/'.join(module.path)
+        if _is_fused(module) and path in unfused:
+            return getattr(module, _UNFUSED)(*args, **kwargs)
+        kind = layer_kind(module)
+        if kind is None:
+            return next_fun(*args, **kwargs)
         spec = plan.get(path)
         if spec is None:
             return next_fun(*args, **kwargs)

@@ -371,3 +371,74 @@ def test_the_module_placed_by_hand_starts_from_the_range_of_its_input():
         np.testing.assert_array_equal(variables['quant'][name], [value, value])
     single = layers.FakeQuant(INPUTS).init(jax.random.key(0), X)
     assert single['quant']['scale'].shape == (1,)
+
+
+# -- attention computed in one piece --------------------------------------------------------------
+
+
+class Attending(nn.Module):
+    """One block of attention as the models have it."""
+
+    @nn.compact
+    def __call__(self, x):
+        q, k, v = (nn.Dense(8, name=n)(x).reshape(*x.shape[:2], 2, 4) for n in ('q', 'k', 'v'))
+        return nn.Dense(4, name='out')(tap.Attend(name='attend')(q, k, v).reshape(*x.shape[:2], 8))
+
+
+def attending():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 4))
+    return Attending().init(jax.random.key(1), x)['params'], x
+
+
+def test_the_products_inside_fused_attention_have_paths():
+    params, x = attending()
+    found = layers.quantizable_layers(Attending().apply, params, x)
+    assert list(found) == ['q', 'k', 'v', 'attend/scores', 'attend/mix', 'out']
+    assert found['attend/mix'].kind == 'product'
+
+
+def test_the_operands_of_fused_attention_are_observed_and_rounded():
+    params, x = attending()
+    plan = {'attend/scores': SPEC, 'attend/mix': SPEC}
+    with layers.observe_inputs(plan, 16):
+        _, seen = Attending().apply({'params': params}, x, mutable=['stats'])
+    stats = layers.collect_stats(plan, seen['stats'])
+    assert {path: tuple(roles) for path, roles in stats.items()} == {
+        'attend/scores': ('lhs', 'rhs'), 'attend/mix': ('lhs', 'rhs'),
+    }  # fmt: skip
+    row = {'scale': jnp.float32(0.25), 'zero_point': jnp.float32(8)}
+    products = {name: {'lhs': row, 'rhs': row} for name in ('scores', 'mix')}
+    variables = {'params': params, 'quant': {'attend': products}}
+    with layers.fake_quantized(plan):
+        rounded = Attending().apply(variables, x)
+
+    def fake(tensor):
+        return (jnp.clip(jnp.round(tensor / 0.25) + 8, 0, 15) - 8) * 0.25
+
+    q, k, v = (
+        nn.Dense(8).apply({'params': params[n]}, x).reshape(2, 5, 2, 4).swapaxes(1, 2)
+        for n in 'qkv'
+    )
+    scores = jax.nn.softmax(fake(q) @ fake(k).swapaxes(2, 3) / 2)
+    mixed = (fake(scores) @ fake(v)).swapaxes(1, 2).reshape(2, 5, 8)
+    want = nn.Dense(4).apply({'params': params['out']}, mixed)
+    np.testing.assert_allclose(rounded, want, atol=16 * EPS)
+
+
+def test_attention_whose_products_stay_float_stays_in_one_piece():
+    params, x = attending()
+    plan = {
+        'attend/scores': LayerSpec(weight=None, inputs=None),
+        'attend/mix': LayerSpec(weight=None, inputs=None),
+    }
+
+    def program(*plans):
+        def run(p, x):
+            for entered in plans:
+                with layers.fake_quantized(entered):
+                    return Attending().apply({'params': p}, x)
+            return Attending().apply({'params': p}, x)
+
+        return str(jax.make_jaxpr(run)(params, x))
+
+    assert program(plan) == program()
