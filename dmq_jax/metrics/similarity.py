@@ -1,4 +1,4 @@
-"""Pixel similarity of paired images: PSNR and SSIM. NumPy, float64, on the host.
+"""Similarity of paired images: PSNR, SSIM and distance of features. NumPy, float64, on the host.
 
 For comparing a quantized student with its teacher image by image, from equal keys. SSIM is that
 of Wang et al. 2004, "Image Quality Assessment: From Error Visibility to Structural Similarity",
@@ -11,6 +11,8 @@ import dataclasses
 
 import numpy as np
 from jaxtyping import Float, UInt8
+
+from dmq_jax.metrics.frechet import check_finite
 
 DATA_RANGE = 255.0
 # Identical images have infinite PSNR, which would make every mean infinite. 100 dB lies beyond
@@ -109,6 +111,63 @@ def compute_ssim(
         denominator = (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
         ssim[rows] = np.mean(numerator / denominator, axis=(1, 2, 3))
     return ssim
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureDistance:
+    """Distance of the features of each pair of images.
+
+    Attributes:
+      euclidean: |a − b|.
+      cosine: 1 − a·b / |a||b|, 0..2; 0 where both features are 0, 1 where one is.
+    """
+
+    euclidean: Float[np.ndarray, 'N']
+    cosine: Float[np.ndarray, 'N']
+
+    @property
+    def mean_euclidean(self) -> float:
+        """Mean over the pairs."""
+        return float(self.euclidean.mean())
+
+    @property
+    def mean_cosine(self) -> float:
+        """Mean over the pairs."""
+        return float(self.cosine.mean())
+
+
+def compute_feature_distance(
+    features_a: Float[np.ndarray, 'N D'], features_b: Float[np.ndarray, 'N D']
+) -> FeatureDistance:
+    """Distance between feature i of one set and feature i of the other.
+
+    For images of two networks drawn from equal noise: how far each one moved, where the Fréchet
+    distance only sees the sets.
+
+    Raises:
+      ValueError: if the shapes are not equal [N, D] with N > 0, or a value is not finite.
+    """
+    if np.ndim(features_a) != 2 or np.shape(features_a) != np.shape(features_b):
+        raise ValueError(
+            f'features have shapes {np.shape(features_a)} and {np.shape(features_b)}: expected '
+            'equal [N, D], row i of one paired with row i of the other.'
+        )
+    if not len(features_a):
+        raise ValueError('there are no features: expected those of at least 1 pair of images.')
+    check_finite('first features', features_a)
+    check_finite('second features', features_b)
+    euclidean, cosine = np.empty((2, len(features_a)))
+    for start in range(0, len(features_a), BLOCK_SIZE):
+        rows = slice(start, start + BLOCK_SIZE)
+        a, b = (np.asarray(f[rows], np.float64) for f in (features_a, features_b))
+        euclidean[rows] = np.linalg.norm(a - b, axis=1)
+        length_a, length_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+        # Half the squared distance of unit vectors: exactly 0 for equal features.
+        unit_a = a / np.where(length_a, length_a, 1)[:, None]
+        unit_b = b / np.where(length_b, length_b, 1)[:, None]
+        halved = np.square(unit_a - unit_b).sum(axis=1) / 2
+        cosine[rows] = np.where((length_a == 0) != (length_b == 0), 1.0, halved)
+    return FeatureDistance(euclidean, cosine)
 
 
 def window_mean(values: Float[np.ndarray, 'N H W C']) -> Float[np.ndarray, 'N H2 W2 C']:

@@ -1,11 +1,15 @@
 import numpy as np
 import pytest
 
+from dmq_jax.metrics import frechet
 from dmq_jax.metrics.frechet import (
     FeatureStatistics,
     GaussianStatistics,
+    bootstrap_frechet,
+    compute_moments,
     frechet_distance,
     gaussian_statistics,
+    weighted_statistics,
 )
 from tests.oracles import metrics as oracle
 
@@ -84,6 +88,101 @@ def test_streaming_equals_batch(split):
     np.testing.assert_allclose(got.mean, features.mean(axis=0), rtol=MERGE_TOLERANCE)
     # The data itself carry 1e6 * eps of absolute rounding.
     np.testing.assert_allclose(got.cov, np.cov(features, rowvar=False), atol=1e-8)
+
+
+@pytest.mark.parametrize('sizes', [[1] * 40, [700, 700, 1300], [2700], [1023, 1, 1, 1024, 651]])
+def test_batches_of_any_size_are_summed_in_the_same_parts(sizes, monkeypatch):
+    parts = []
+
+    def record(features):
+        parts.append(features.copy())
+        return compute_moments(features)
+
+    monkeypatch.setattr(frechet, 'compute_moments', record)
+    features = np.random.default_rng(9).normal(size=(2700, 3)).astype(np.float32)[: sum(sizes)]
+    whole = gaussian_statistics(features)
+    expected, parts[:] = list(parts), []
+    batched = gaussian_statistics(np.split(features, np.cumsum(sizes)[:-1]))
+    assert len(parts) == len(expected) == -(-sum(sizes) // frechet.FOLD_SIZE)
+    for part, wanted in zip(parts, expected, strict=True):
+        np.testing.assert_array_equal(part, wanted)
+    # Not bit for bit: a threaded BLAS need not repeat itself.
+    np.testing.assert_allclose(batched.mean, whole.mean, rtol=MERGE_TOLERANCE)
+    np.testing.assert_allclose(batched.cov, whole.cov, rtol=MERGE_TOLERANCE, atol=1e-13)
+
+
+@pytest.mark.parametrize('split', [0, 1, 500, 1500, 3000])
+def test_merged_accumulators_equal_a_single_one(split):
+    features = np.random.default_rng(10).normal(size=(3000, 4)) + 100.0
+    left, right = FeatureStatistics(), FeatureStatistics()
+    left.update(features[:split])
+    right.update(features[split:])
+    left.merge(right)
+    left.update(features[:7])  # a merged accumulator goes on
+    assert left.count == 3007 and right.count == 3000 - split
+    got = left.finish()
+    expected = gaussian_statistics(np.concatenate([features, features[:7]]))
+    np.testing.assert_allclose(got.mean, expected.mean, rtol=MERGE_TOLERANCE)
+    np.testing.assert_allclose(got.cov, expected.cov, rtol=MERGE_TOLERANCE, atol=1e-12)
+
+
+def test_the_caller_may_reuse_its_array():
+    features = np.random.default_rng(11).normal(size=(20, 3))
+    statistics = FeatureStatistics()
+    buffer = features.copy()
+    statistics.update(buffer)
+    buffer[...] = 0
+    expected = gaussian_statistics(features).mean
+    np.testing.assert_allclose(statistics.finish().mean, expected, rtol=MERGE_TOLERANCE)
+
+
+@pytest.mark.parametrize('width', [256, pytest.param(2048, marks=pytest.mark.slow)])
+def test_unit_gaussians_one_apart_in_every_dimension_are_their_width_apart(width):
+    zero, one = (GaussianStatistics(np.full(width, m), np.eye(width), None) for m in (0.0, 1.0))
+    # Eigenvalues that are 1 within a few ulps each.
+    assert frechet_distance(zero, one) == pytest.approx(width, abs=1e-9)
+
+
+def test_diagonal_covariances_of_which_many_are_zero_hit_the_closed_form():
+    rng = np.random.default_rng(12)
+    a, b = rng.uniform(0, 3, (2, WIDTH)) * (rng.uniform(size=(2, WIDTH)) < 0.5)
+    zero = np.zeros(WIDTH)
+    got = frechet_distance(
+        GaussianStatistics(zero, np.diag(a), 5), GaussianStatistics(zero, np.diag(b), 5)
+    )
+    assert got == pytest.approx(np.sum((np.sqrt(a) - np.sqrt(b)) ** 2), abs=CLOSED_FORM_TOLERANCE)
+
+
+def test_weighted_statistics_are_those_of_repeated_rows():
+    rng = np.random.default_rng(13)
+    features = rng.normal(size=(30, 4)) + 50
+    repeats = rng.multinomial(30, np.full(30, 1 / 30))
+    expected = gaussian_statistics(np.repeat(features, repeats, axis=0))
+    got = weighted_statistics(features, repeats, features.mean(axis=0))
+    assert got.count == expected.count == 30 and (repeats == 0).any()
+    np.testing.assert_allclose(got.mean, expected.mean, rtol=MERGE_TOLERANCE)
+    np.testing.assert_allclose(got.cov, expected.cov, rtol=1e-11, atol=1e-12)
+
+
+def test_the_bootstrap_standard_error_is_the_spread_of_new_samples():
+    # One dimension, equal variances: the distance is about the squared shift of the mean, whose
+    # standard error is 2 |shift| / sqrt(n), known without simulation.
+    rng = np.random.default_rng(14)
+    count, shift = 400, 3.0
+    reference = GaussianStatistics(np.zeros(1), np.eye(1), None)
+    features = rng.normal(size=(count, 1)) + shift
+    result = bootstrap_frechet(features, reference, num_resamples=400, seed=1)
+    expected = frechet_distance(reference, gaussian_statistics(features))
+    assert result.value == pytest.approx(expected, rel=CLOSED_FORM_TOLERANCE)
+    assert result.low < result.value < result.high
+    # 400 replicates estimate a standard error within 1 / sqrt(800) = 4 %.
+    assert result.standard_error == pytest.approx(2 * shift / np.sqrt(count), rel=0.2)
+    width = result.high - result.low
+    assert width == pytest.approx(2 * 1.96 * result.standard_error, rel=0.2)
+    again = bootstrap_frechet(features, reference, num_resamples=400, seed=1)
+    np.testing.assert_allclose(again.replicates, result.replicates, rtol=CLOSED_FORM_TOLERANCE)
+    with pytest.raises(ValueError, match='num_resamples=1'):
+        bootstrap_frechet(features, reference, num_resamples=1)
 
 
 def test_statistics_are_the_unbiased_float64_ones_of_float32_batches():

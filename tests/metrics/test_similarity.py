@@ -81,3 +81,37 @@ def test_bad_input_is_refused():
         similarity.compute_ssim(images[:-1], reference)
     with pytest.raises(ValueError, match=r'5x5.*at least 11'):
         similarity.compute_ssim(images[:, :5, :5], reference[:, :5, :5])
+
+
+def test_feature_distances_are_those_of_the_pairs():
+    a = np.array([[3.0, 4.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]], np.float32)
+    b = np.array([[0.0, 0.0], [0.0, 2.0], [-2.0, -2.0], [0.0, 0.0], [1.0, 0.0]], np.float32)
+    result = similarity.compute_feature_distance(a, b)
+    expected = [5.0, np.sqrt(5), 3 * np.sqrt(2), 0.0, 1.0]
+    np.testing.assert_allclose(result.euclidean, expected, rtol=1e-15)
+    np.testing.assert_allclose(result.cosine, [1.0, 1.0, 2.0, 0.0, 1.0], rtol=1e-15)
+    assert result.mean_euclidean == pytest.approx(np.mean(expected))
+    assert result.mean_cosine == pytest.approx(1.0)
+
+
+def test_equal_features_are_exactly_0_apart_and_blocks_do_not_matter(monkeypatch):
+    a, b = np.random.default_rng(5).normal(size=(2, 20, 7)).astype(np.float32)
+    same = similarity.compute_feature_distance(a, a)
+    assert not same.euclidean.any() and not same.cosine.any()
+    whole = similarity.compute_feature_distance(a, b)
+    dot = np.sum(a.astype(np.float64) * b, axis=1)
+    lengths = np.linalg.norm(a.astype(np.float64), axis=1) * np.linalg.norm(b.astype(float), axis=1)
+    np.testing.assert_allclose(whole.cosine, 1 - dot / lengths, atol=1e-14)
+    monkeypatch.setattr(similarity, 'BLOCK_SIZE', 3)
+    parts = similarity.compute_feature_distance(a, b)
+    np.testing.assert_array_equal(parts.euclidean, whole.euclidean)
+
+
+def test_features_that_are_not_pairs_are_refused():
+    good = np.zeros((2, 3))
+    with pytest.raises(ValueError, match=r'\(2, 3\) and \(3, 3\)'):
+        similarity.compute_feature_distance(good, np.zeros((3, 3)))
+    with pytest.raises(ValueError, match='there are no features'):
+        similarity.compute_feature_distance(good[:0], good[:0])
+    with pytest.raises(ValueError, match='1 of 6 values of the second features'):
+        similarity.compute_feature_distance(good, np.array([[0, 0, 0], [0, np.nan, 0]]))
