@@ -111,3 +111,20 @@ def test_only_attention_by_products_runs_the_products(products, paths):
     with nn.intercept_methods(record):
         jax.eval_shape(lambda *x: Attention(products).apply({}, *x), *attention_inputs())
     assert found == {f'attend/{path}' for path in paths}
+
+
+def test_a_hook_may_run_the_products_in_place_of_the_module():
+    paths = []
+
+    def replace(next_fun, args, kwargs, context):
+        if isinstance(context.module, Attend) and context.method_name == '__call__':
+            return context.module.by_products(*args, **kwargs)
+        if isinstance(context.module, Product):
+            paths.append('/'.join(context.module.path))
+        return next_fun(*args, **kwargs)
+
+    network, inputs = Attention(products=False), attention_inputs()
+    with nn.intercept_methods(replace):
+        out = jax.jit(lambda *x: network.apply({}, *x))(*inputs)
+    assert paths == ['attend/scores', 'attend/mix']
+    assert np.abs(out - attention_by_definition(*inputs)).max() < 2e-6

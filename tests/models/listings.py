@@ -1,0 +1,17 @@
+"""Names and shapes of the tensors of published checkpoints."""
+
+import gzip
+import json
+from pathlib import Path
+
+
+def listing(name: str) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor of the checkpoint listed in `fixtures/<name>.txt.gz`."""
+    text = gzip.decompress((Path(__file__).parent / f'fixtures/{name}.txt.gz').read_bytes())
+    rows = (line.split('\t') for line in text.decode().splitlines())
+    return {name: tuple(json.loads(shape)) for name, shape in rows}
+
+
+def without_ones(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes without the axes by which a 1x1 convolution differs from a dense layer."""
+    return {name: tuple(n for n in shape if n != 1) for name, shape in shapes.items()}
