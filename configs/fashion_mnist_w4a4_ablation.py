@@ -2,7 +2,7 @@
 
     python -m dmq_jax.main --config=configs/fashion_mnist_w4a4_ablation.py --workdir=runs/ablation
 
-Each student up to `per_timestep` adds one part; the last two change one part of that one.
+Each student up to `per_timestep`, the default, adds one part; the others change one part of it.
 """
 
 from dmq_jax.config import base, student
@@ -19,9 +19,18 @@ def get_config():
         'low_rank': student(plain, quant=static, finetune=finetune),
         'scale_aware': student('efficientdm', quant=static, finetune=finetune),
         'per_timestep': student('efficientdm', finetune=finetune),
+        'frozen_affine': student(
+            {'name': 'efficientdm', 'affine_learning_rate': 0.0}, finetune=finetune
+        ),
         'on_dequantized': student(
             {'name': 'efficientdm', 'base': 'dequantized'}, finetune=finetune
         ),
+        'feature_loss': student({'name': 'efficientdm', 'loss': 'feature'}, finetune=finetune),
+        'target_prediction': student('efficientdm', finetune=finetune | {'target': 'prediction'}),
+        'target_step': student('efficientdm', finetune=finetune | {'target': 'step'}),
         'one_trajectory': student('efficientdm', finetune=finetune | {'positions': 'trajectory'}),
+        'hundred_steps': student(
+            'efficientdm', finetune=finetune | {'sampler': {'num_steps': 100}}
+        ),
     }
     return config

@@ -227,8 +227,9 @@ class FinetuneConfig:
     sampler: SamplerConfig = SamplerConfig()  # draws the x_t the two are compared at
     # 'trajectory': a batch descends all timesteps together; 'staggered': one start per image
     positions: Literal['trajectory', 'staggered'] = 'staggered'
-    # 'prediction': compare what the two predict; 'step': where it takes the sampler next
-    target: Literal['prediction', 'step'] = 'step'
+    # 'prediction': compare what the two predict; 'step': where it takes the sampler next;
+    # 'balanced': between the two
+    target: Literal['prediction', 'step', 'balanced'] = 'balanced'
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
     schedule: Literal['linear', 'cosine'] = 'cosine'  # decay of the learning rates to zero
     checkpoint_every: int = 200  # optimizer steps between checkpoints
@@ -274,12 +275,18 @@ class SampleConfig:
 class EvaluateConfig:
     """What the images are compared with, and in which feature space."""
 
-    features: str = 'bundled'  # 'bundled', or a classifier that train_teacher wrote
-    reference: str = 'fashion_mnist'  # bundled statistics, or an .npz of images or statistics
+    # 'bundled', a classifier that train_teacher wrote, or 'inception': ADM's FID and its kin
+    features: str = 'bundled'
+    # bundled statistics or an .npz; for 'inception' whatever dmq_jax.evaluate takes as REF
+    reference: str = 'fashion_mnist'
+    # weights of 'inception'; '': the file that DMQ_INCEPTION_WEIGHTS names
+    inception_weights: str = ''
+    batch_size: int = 32  # images per call of the network of 'inception'
 
     def __post_init__(self):
         for name in ('features', 'reference'):
             _check(bool(getattr(self, name)), f"{name}='': expected a bundled name or a file.")
+        _check_at_least(self, 1, 'batch_size')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

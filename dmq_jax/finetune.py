@@ -185,11 +185,15 @@ def step_gain(sampler: samplers.Sampler, target: str) -> Float[Array, 'S']:
     Args:
       sampler: of the trajectories.
       target: 'prediction' compares them as they are (EfficientDM's code); 'step' compares where
-        they take the sampler next (the mean mu of its paper's eq. 7), scaled to a mean square of 1.
+        they take the sampler next (the mean mu of its paper's eq. 7), scaled to a mean square of 1;
+        'balanced' weighs by the geometric mean of the two. `step` values the first, noisy part of
+        a trajectory, which decides what an image shows, `prediction` the last, which decides its
+        texture.
     """
     if target == 'prediction':
         return jnp.ones(sampler.timesteps.shape)
-    gain = samplers.prediction_gain(sampler)
+    gain = jnp.abs(samplers.prediction_gain(sampler))
+    gain = jnp.sqrt(gain) if target == 'balanced' else gain
     return gain / jnp.sqrt(jnp.mean(gain**2))
 
 

@@ -135,6 +135,9 @@ def test_predictions_are_weighed_by_where_they_take_the_sampler(problem):
     ]
     moved = np.asarray(moved)
     np.testing.assert_allclose(gain / gain[0], moved / moved[0], rtol=1e-4)  # differences of 1
+    balanced = np.asarray(finetune.step_gain(sampler, 'balanced'))
+    # Between the two: its square goes with the first power of the other.
+    np.testing.assert_allclose(balanced**2 / balanced[0] ** 2, np.abs(gain / gain[0]), rtol=1e-5)
     assert np.all(np.asarray(finetune.step_gain(sampler, 'prediction')) == 1)
 
 
