@@ -8,7 +8,7 @@
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -204,8 +204,16 @@ def diffusers_from_network(network: DDPMUNet, image_size: tuple[int, int]) -> di
     }
 
 
-def params_from_diffusers(tensors: Mapping[str, np.ndarray], network: DDPMUNet) -> PyTree:
-    """Parameters of `network` from the state dict of a `UNet2DModel`, float32.
+def params_from_diffusers(
+    tensors: Mapping[str, np.ndarray],
+    network: DDPMUNet,
+    *,
+    dtype: Any = np.float32,
+    put: Callable[[str, np.ndarray], Any] | None = None,
+) -> PyTree:
+    """Parameters of `network` from the state dict of a `UNet2DModel`.
+
+    `dtype` and `put` are those of `torch_weights.read_params`.
 
     Raises:
       ValueError: naming the first tensor that is missing, left over or of another shape.
@@ -217,13 +225,22 @@ def params_from_diffusers(tensors: Mapping[str, np.ndarray], network: DDPMUNet) 
         block, _, layer = head.rpartition('.')
         old = '.attentions.' in name and layer in _OLD_ATTENTION
         names[f'{block}.{_OLD_ATTENTION[layer]}.{leaf}' if old else name] = name
-    return read_params(tensors, _shapes(network), _diffusers_source, names=names)
+    return read_params(
+        tensors, _shapes(network), _diffusers_source, names=names, dtype=dtype, put=put
+    )
 
 
-def params_from_ddim(tensors: Mapping[str, np.ndarray], network: DDPMUNet) -> PyTree:
-    """Parameters of `network` from a state dict of the DDIM code, float32.
+def params_from_ddim(
+    tensors: Mapping[str, np.ndarray],
+    network: DDPMUNet,
+    *,
+    dtype: Any = np.float32,
+    put: Callable[[str, np.ndarray], Any] | None = None,
+) -> PyTree:
+    """Parameters of `network` from a state dict of the DDIM code.
 
-    The prefix `module.`, which data-parallel training leaves on every name, is dropped.
+    The prefix `module.`, which data-parallel training leaves on every name, is dropped. `dtype` and
+    `put` are those of `torch_weights.read_params`.
 
     Raises:
       ValueError: naming the first tensor that is missing, left over or of another shape; or a
@@ -241,7 +258,7 @@ def params_from_ddim(tensors: Mapping[str, np.ndarray], network: DDPMUNet) -> Py
         name = rename(path, _DDIM)
         return Source(re.sub(r'^up\.(\d+)', lambda match: f'up.{last - int(match[1])}', name))
 
-    return read_params(tensors, _shapes(network), source, names=names)
+    return read_params(tensors, _shapes(network), source, names=names, dtype=dtype, put=put)
 
 
 def diffusers_from_params(params: PyTree) -> dict[str, np.ndarray]:
