@@ -55,14 +55,23 @@ def run(
     sys.modules['__main__'].__doc__ = doc
     for holder in _CONFIG, _WORKDIR, _DEBUG:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[holder.name])
-    app.run(lambda arguments: _exit_status(act, arguments), flags_parser=_parse_flags)
+    app.run(
+        lambda arguments: exit_status(lambda: act(arguments), debug=_DEBUG.value),
+        flags_parser=_parse_flags,
+    )
 
 
-def _exit_status(act: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> int:
+def exit_status(act: Callable[[], None], *, debug: bool = False) -> int:
+    """Calls `act`; a mistake of the user becomes one message and status 2.
+
+    Args:
+      act: a command.
+      debug: lets every error through, with its traceback.
+    """
     try:
-        act(arguments)
+        act()
     except USER_ERRORS as error:
-        if _DEBUG.value or not _is_users(error):
+        if debug or not _is_users(error):
             raise
         print(f'Error: {_text(error)}', file=sys.stderr)
         return 2

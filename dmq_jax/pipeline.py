@@ -321,7 +321,7 @@ def measure(context: Run, reference: evaluate.Reference) -> None:
         'distance': reference.name,
         'features': config.evaluate.features,
         'reference': config.evaluate.reference,
-        'reference_images': int(reference.statistics.statistics.count),
+        'reference_images': reference.num_images,
         'num_images': config.sample.num_images,
         'sampler': config_lib.to_dict(config.sampler),
         'mode': config.sample.mode,
@@ -329,6 +329,7 @@ def measure(context: Run, reference: evaluate.Reference) -> None:
         'device': jax.devices()[0].device_kind,
         'versions': log.versions(),
         'revision': log.git_revision(),
+        **reference.protocol,
     }
     log.write_json(context.workdir / 'metrics.json', {'protocol': protocol, 'rows': rows})
     for line in tables.metrics_table(protocol, rows):

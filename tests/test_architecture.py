@@ -30,7 +30,10 @@ ALLOWED = {
     # It reads what these two wrote.
     'reporting': {'calibrate', 'exporting', 'denoisers', 'kernels'} | LIBRARIES,
     'report': {'reporting'},
-    'evaluate': {'assets', 'denoisers'} | LIBRARIES,
+    'features': {'artefacts'} | LIBRARIES,
+    'adm': {'features'} | LIBRARIES,
+    # The stage is a command as well.
+    'evaluate': {'adm', 'assets', 'command_line', 'denoisers'} | LIBRARIES,
     'artefacts': {'runtime'},
     'analysis': {'denoisers'} | LIBRARIES,
     'pipeline': {'denoisers', 'teachers', 'artefacts', 'analysis', 'reporting'}

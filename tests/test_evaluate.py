@@ -19,6 +19,12 @@ def reference(tmp_path_factory):
     )
 
 
+@pytest.fixture(scope='module')
+def network(tmp_path_factory):
+    features, _ = tiny.write_evaluation(tmp_path_factory.mktemp('network'))
+    return classifier.load_classifier(features)
+
+
 def test_images_compared_with_themselves_are_perfect(reference):
     images, labels = tiny.real_images()
     metrics = evaluate.run(images, labels, reference, images)
@@ -39,9 +45,9 @@ def test_other_images_are_worse(reference):
     assert bad['precision'] < good['precision']
 
 
-def test_class_accuracy_is_the_share_recognised_as_their_class(reference):
+def test_class_accuracy_is_the_share_recognised_as_their_class(reference, network):
     images, labels = tiny.real_images()
-    _, probabilities = classifier.extract(reference.network, images)
+    _, probabilities = classifier.extract(network, images)
     recognised = probabilities.argmax(axis=-1)
     assert evaluate.run(images, recognised, reference)['class_accuracy'] == 1.0
     wrong = np.where(np.arange(60) < 15, (recognised + 1) % 3, recognised)
@@ -55,7 +61,7 @@ def test_a_trained_classifier_recognises_real_images():
         batch_size=16, num_epochs=4, learning_rate=1e-2, max_shift=0,
     )  # fmt: skip
     statistics = classifier.make_reference(trained.network, images)
-    reference = evaluate.Reference(trained.network, statistics, 'FD')
+    reference = evaluate.bundled_reference(trained.network, statistics, 'FD')
     fresh, labels = tiny.real_images(30, seed=5)
     assert evaluate.run(fresh, labels, reference)['class_accuracy'] > 0.8
 
@@ -77,8 +83,8 @@ def test_ssim_of_images_as_large_as_its_window(reference):
 def test_the_bundled_reference_names_its_distance():
     reference = evaluate.load_reference(EvaluateConfig())
     assert reference.name == 'FD-FMNIST'
-    assert reference.network.model.num_classes == 10
-    assert reference.statistics.statistics.count == 60_000
+    assert reference.num_classes == 10
+    assert reference.num_images == 60_000
 
 
 @pytest.mark.parametrize('change', [{'reference': 'nowhere.npz'}, {'features': 'nowhere'}])

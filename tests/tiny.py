@@ -9,13 +9,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 from jax.experimental.compilation_cache import compilation_cache as compilation_cache_lib
+from safetensors.numpy import save_file
 
 from dmq_jax import calibrate, denoisers, methods
 from dmq_jax.config import CalibrateConfig, QuantConfig, RoundToNearestConfig, SamplerConfig
 from dmq_jax.denoisers import DenoiserInfo, float_denoiser
 from dmq_jax.diffusion.schedule import Schedule
-from dmq_jax.metrics import classifier
+from dmq_jax.metrics import classifier, inception
 from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.quant.plan import LayerSpec
 from dmq_jax.runtime import mesh
@@ -120,3 +122,19 @@ def write_evaluation(folder, side=8):
     loaded = classifier.load_classifier(files[0])
     classifier.save_reference(files[1], classifier.make_reference(loaded, images, batch_size=60))
     return files
+
+
+def write_inception(path):
+    """Random weights of the FID network, whose features differ from image to image."""
+    network = inception.InceptionV3()
+    images = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.uint8)
+    shapes = jax.eval_shape(network.init, jax.random.key(0), images)['params']
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        fan_in = np.prod(leaf.shape[:-1]) if leaf.ndim > 1 else 100
+        return (rng.standard_normal(leaf.shape) * np.sqrt(2 / fan_in)).astype(np.float32)
+
+    flat = traverse_util.flatten_dict(jax.tree.map(fill, shapes), sep='/')
+    save_file(flat, path, {'format': inception.FORMAT})
+    return path

@@ -161,6 +161,27 @@ def open_images(
     return _open_npz(path, statistics_widths)
 
 
+def array_stream(images: UInt8[np.ndarray, 'N H W 3'], description: str) -> ImageStream:
+    """Images that are in memory already.
+
+    Raises:
+      ValueError: not uint8 [N, H, W, 3].
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(
+            f'{description}: {images.dtype} {images.shape}, expected uint8 [N, H, W, 3].'
+        )
+
+    def read(batch_size: int) -> Iterator[np.ndarray]:
+        for start in range(0, len(images), batch_size):
+            yield images[start : start + batch_size]
+
+    return ImageStream(
+        description=description, num_images=len(images), image_shape=images.shape[1:],
+        statistics=None, read=read, contents=lambda: iter([np.ascontiguousarray(images).data]),
+    )  # fmt: skip
+
+
 def write_reference(
     path: str | Path,
     stream: ImageStream,

@@ -342,6 +342,9 @@ def extract_batches(
     network: InceptionNetwork,
     batches: Iterable[UInt8[np.ndarray, '_ H W 3']],
     batch_size: int = 64,
+    *,
+    put: Callable[[np.ndarray], Array] = jax.device_put,
+    fetch: Callable[[InceptionFeatures], InceptionFeatures] = jax.device_get,
 ) -> Iterator[InceptionFeatures]:
     """Features of an image set, NumPy arrays, in its order and each image once.
 
@@ -352,6 +355,8 @@ def extract_batches(
       network: weights.
       batches: arrays of any lengths and one height and width, values 0..255.
       batch_size: images per call of the network; at 64 it needs about 2 GB.
+      put: places a batch on the devices that compute it.
+      fetch: brings features back as NumPy arrays.
 
     Yields:
       Features of `batch_size` images; of what is left, the last time.
@@ -371,13 +376,13 @@ def extract_batches(
                 'images three times.'
             )
         padding = np.zeros((batch_size - len(batch), *batch.shape[1:]), np.uint8)
-        features = extractor(jax.device_put(np.concatenate([batch, padding])))
+        features = extractor(put(np.concatenate([batch, padding])))
         # Fetched one batch late: the device computes while the next images are read.
         if waiting is not None:
-            yield _fetch(*waiting)
+            yield _fetch(fetch, *waiting)
         waiting = features, len(batch)
     if waiting is not None:
-        yield _fetch(*waiting)
+        yield _fetch(fetch, *waiting)
 
 
 def extract(
@@ -397,8 +402,12 @@ def extract(
     return InceptionFeatures(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
 
-def _fetch(features: InceptionFeatures, num_images: int) -> InceptionFeatures:
-    return InceptionFeatures(*(a[:num_images] for a in jax.device_get(features)))
+def _fetch(
+    fetch: Callable[[InceptionFeatures], InceptionFeatures],
+    features: InceptionFeatures,
+    num_images: int,
+) -> InceptionFeatures:
+    return InceptionFeatures(*(a[:num_images] for a in fetch(features)))
 
 
 # ---- Weights. Everything below knows the names that other projects gave to the layers.

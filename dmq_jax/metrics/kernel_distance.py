@@ -15,6 +15,7 @@ from jaxtyping import Float
 from dmq_jax.metrics.frechet import check_finite
 
 SEED = 2020  # of torch-fidelity
+NUM_SUBSETS, SUBSET_SIZE = 100, 1000
 
 
 class KernelDistance(NamedTuple):
@@ -28,8 +29,8 @@ def kernel_distance(
     generated: Float[np.ndarray, 'N D'],
     reference: Float[np.ndarray, 'M D'],
     *,
-    num_subsets: int = 100,
-    subset_size: int = 1000,
+    num_subsets: int = NUM_SUBSETS,
+    subset_size: int = SUBSET_SIZE,
     seed: int = SEED,
 ) -> KernelDistance:
     """Kernel distance ("KID" if the features are Inception's); often quoted times 1000.

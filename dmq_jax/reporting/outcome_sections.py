@@ -190,12 +190,13 @@ def results_section(found: Artefacts) -> str:
             body += f'<td{" class=best" * is_best}>{shown}{ratio}</td>'
         body += '</tr>'
     sampler = protocol['sampler']
+    real = protocol['reference_images'] or 'stored statistics of'
     return figure(
         f'<div class="scroll"><table class="results"><thead><tr>{heading}</tr></thead>'
         f'<tbody>{body}</tbody></table></div>',
         f'The best student of each column is bold; × is against the teacher. '
         f'{protocol["num_images"]} images per network, {escape(sampler["name"])} with '
-        f'{sampler["num_steps"]} steps, {protocol["reference_images"]} real images, students in '
+        f'{sampler["num_steps"]} steps, {real} real images, students in '
         f'{escape(protocol["mode"])} arithmetic on {escape(protocol["device"])}. '
         + _gap_sentence(found.rows, found.students),
     )

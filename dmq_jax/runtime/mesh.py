@@ -79,6 +79,14 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 
+def fetch(mesh: Mesh, tree: Any) -> Any:
+    """The arrays of `tree`, whole, as NumPy arrays in every process."""
+    if jax.process_count() > 1:
+        whole = NamedSharding(mesh, PartitionSpec())
+        tree = jax.jit(lambda leaves: leaves, out_shardings=whole)(tree)
+    return jax.device_get(tree)
+
+
 def shardings(mesh: Mesh, tree: Any, rules: Rules) -> Any:
     """The sharding of every leaf of `tree`, by the first rule that matches its path.
 
