@@ -17,7 +17,7 @@ from dmq_jax import calibrate, denoisers, methods
 from dmq_jax.config import CalibrateConfig, QuantConfig, RoundToNearestConfig, SamplerConfig
 from dmq_jax.denoisers import DenoiserInfo, float_denoiser
 from dmq_jax.diffusion.schedule import Schedule
-from dmq_jax.metrics import classifier, inception
+from dmq_jax.metrics import classifier, inception, inception_weights
 from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.quant.plan import LayerSpec
 from dmq_jax.runtime import mesh
@@ -136,5 +136,5 @@ def write_inception(path):
         return (rng.standard_normal(leaf.shape) * np.sqrt(2 / fan_in)).astype(np.float32)
 
     flat = traverse_util.flatten_dict(jax.tree.map(fill, shapes), sep='/')
-    save_file(flat, path, {'format': inception.FORMAT})
+    save_file(flat, path, {'format': inception_weights.FORMAT})
     return path

@@ -1,7 +1,7 @@
 """Inception-v3 of 2015-12-05, the network that FID, sFID, IS, precision and recall are defined on.
 
 Owns the network (Szegedy et al. 2016, arXiv:1512.00567, in the variant of the frozen graph
-`classify_image_graph_def.pb`), its preprocessing and the readers of its weights. It is not
+`classify_image_graph_def.pb`) and its preprocessing; `inception_weights` reads its files. It is not
 torchvision's `inception_v3`: other weights, 1008 classes, average pools that count valid pixels
 only, and a *max* pool in the last block.
 
@@ -17,7 +17,6 @@ import argparse
 import functools
 import hashlib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -32,26 +31,14 @@ from flax import traverse_util
 from jax import lax
 from jaxtyping import Array, Float, Num, UInt8
 
-from dmq_jax.files import torch_files
-from dmq_jax.files.graphdef import GraphDef, open_graphdef
-from dmq_jax.files.safetensors import open_safetensors
+from dmq_jax.metrics import inception_weights
 from dmq_jax.metrics.classifier import rebatch
 
-FORMAT = 'dmq_jax.inception/1'
-WEIGHTS_VARIABLE = 'DMQ_INCEPTION_WEIGHTS'
 SIZE = 299
 NUM_CLASSES = 1008
-BN_EPSILON = 1e-3
 # sFID reads the first channels of mixed_6/conv only (Nash et al. 2021, arXiv:2103.03841).
 SPATIAL_CHANNELS = 7
 TAPS = ('64', '192', '768', 'spatial', '2048', 'logits')
-
-HOW_TO_GET = f"""Expected one of the published files, which this project never downloads:
-  classify_image_graph_def.pb (95.7 MB, in TensorFlow's inception-2015-12-05.tgz),
-  pt_inception-2015-12-05-6726825d.pth (of pytorch-fid; its sha256 begins with 6726825d),
-  weights-inception-2015-12-05-6726825d.pth (of torch-fidelity, the same tensors),
-or a .safetensors made of them by python -m dmq_jax.metrics.inception --convert IN OUT.
-Put it anywhere and name it by the path argument or the environment variable {WEIGHTS_VARIABLE}."""
 
 
 def resize_bilinear_tf1(
@@ -410,89 +397,6 @@ def _fetch(
     return InceptionFeatures(*(a[:num_images] for a in fetch(features)))
 
 
-# ---- Weights. Everything below knows the names that other projects gave to the layers.
-
-# Per kind of block: our name of a layer -> torchvision's.
-_BLOCK_A = {
-    'conv': 'branch1x1',
-    'tower_conv': 'branch5x5_1',
-    'tower_conv_1': 'branch5x5_2',
-    'tower_1_conv': 'branch3x3dbl_1',
-    'tower_1_conv_1': 'branch3x3dbl_2',
-    'tower_1_conv_2': 'branch3x3dbl_3',
-    'tower_2_conv': 'branch_pool',
-}
-_BLOCK_B = {
-    'conv': 'branch3x3',
-    'tower_conv': 'branch3x3dbl_1',
-    'tower_conv_1': 'branch3x3dbl_2',
-    'tower_conv_2': 'branch3x3dbl_3',
-}
-_BLOCK_C = {
-    'conv': 'branch1x1',
-    'tower_conv': 'branch7x7_1',
-    'tower_conv_1': 'branch7x7_2',
-    'tower_conv_2': 'branch7x7_3',
-    'tower_1_conv': 'branch7x7dbl_1',
-    'tower_1_conv_1': 'branch7x7dbl_2',
-    'tower_1_conv_2': 'branch7x7dbl_3',
-    'tower_1_conv_3': 'branch7x7dbl_4',
-    'tower_1_conv_4': 'branch7x7dbl_5',
-    'tower_2_conv': 'branch_pool',
-}
-_BLOCK_D = {
-    'tower_conv': 'branch3x3_1',
-    'tower_conv_1': 'branch3x3_2',
-    'tower_1_conv': 'branch7x7x3_1',
-    'tower_1_conv_1': 'branch7x7x3_2',
-    'tower_1_conv_2': 'branch7x7x3_3',
-    'tower_1_conv_3': 'branch7x7x3_4',
-}
-_BLOCK_E = {
-    'conv': 'branch1x1',
-    'tower_conv': 'branch3x3_1',
-    'tower_mixed_conv': 'branch3x3_2a',
-    'tower_mixed_conv_1': 'branch3x3_2b',
-    'tower_1_conv': 'branch3x3dbl_1',
-    'tower_1_conv_1': 'branch3x3dbl_2',
-    'tower_1_mixed_conv': 'branch3x3dbl_3a',
-    'tower_1_mixed_conv_1': 'branch3x3dbl_3b',
-    'tower_2_conv': 'branch_pool',
-}
-_TORCH_BLOCKS = {
-    'mixed': ('Mixed_5b', _BLOCK_A),
-    'mixed_1': ('Mixed_5c', _BLOCK_A),
-    'mixed_2': ('Mixed_5d', _BLOCK_A),
-    'mixed_3': ('Mixed_6a', _BLOCK_B),
-    'mixed_4': ('Mixed_6b', _BLOCK_C),
-    'mixed_5': ('Mixed_6c', _BLOCK_C),
-    'mixed_6': ('Mixed_6d', _BLOCK_C),
-    'mixed_7': ('Mixed_6e', _BLOCK_C),
-    'mixed_8': ('Mixed_7a', _BLOCK_D),
-    'mixed_9': ('Mixed_7b', _BLOCK_E),
-    'mixed_10': ('Mixed_7c', _BLOCK_E),
-}
-# Path in InceptionV3 -> torchvision's name.
-TORCH_NAMES = {
-    'conv': 'Conv2d_1a_3x3',
-    'conv_1': 'Conv2d_2a_3x3',
-    'conv_2': 'Conv2d_2b_3x3',
-    'conv_3': 'Conv2d_3b_1x1',
-    'conv_4': 'Conv2d_4a_3x3',
-    **{
-        f'{block}/{ours}': f'{theirs}.{name}'
-        for block, (theirs, layers) in _TORCH_BLOCKS.items()
-        for ours, name in layers.items()
-    },
-}
-
-
-def _scope(path: str) -> str:
-    """The TensorFlow scope 'mixed_9/tower_1/mixed/conv' of 'mixed_9/tower_1_mixed_conv'."""
-    scope = re.sub(r'/(tower(?:_\d)?)_((?:mixed_)?conv)', r'/\1/\2', path)
-    return scope.replace('/mixed_conv', '/mixed/conv')
-
-
 def load_inception(path: str | os.PathLike | None = None) -> InceptionNetwork:
     """The network with the weights of a published file; its kind is told by its content.
 
@@ -502,31 +406,12 @@ def load_inception(path: str | os.PathLike | None = None) -> InceptionNetwork:
 
     Raises:
       FileNotFoundError: no path given, or no such file; lists the files that work.
-      ValueError: a file of another kind or another network, or one with tensors missing,
-        misshapen or left over; names them.
+      ValueError: see `inception_weights.read`.
     """
-    if path is None and not (path := os.environ.get(WEIGHTS_VARIABLE)):
-        raise FileNotFoundError(
-            f'No weights of the Inception network: no path was given and {WEIGHTS_VARIABLE} is '
-            f'not set. {HOW_TO_GET}'
-        )
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f'{path}: no such file of Inception weights. {HOW_TO_GET}')
+    path = inception_weights.find(path)
     with path.open('rb') as file:
         sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
-        file.seek(0)
-        start = file.read(16)
-    if start[8:9] == b'{':
-        flat = _read_own(path)
-    elif start[:4] == b'PK\x03\x04' or start[:1] in (b'\x80', b'L'):
-        flat = _read_torch(path)
-    elif start[:1] == b'\x0a':
-        flat = _read_graphdef(open_graphdef(path))
-    else:
-        raise ValueError(f'{path}: begins with {start!r}, as no known weights do. {HOW_TO_GET}')
-    if not_finite := sorted(n for n, a in flat.items() if not np.isfinite(a).all()):
-        raise ValueError(f'{path}: values that are not finite, e.g. in {not_finite[0]!r}.')
+    flat = inception_weights.read(path, _parameter_shapes())
     params = {name: jnp.asarray(array) for name, array in flat.items()}
     return InceptionNetwork(
         InceptionV3(), traverse_util.unflatten_dict(params, sep='/'), sha256, path
@@ -538,137 +423,6 @@ def _parameter_shapes() -> dict[str, tuple[int, ...]]:
     images = jax.ShapeDtypeStruct((1, SIZE, SIZE, 3), jnp.uint8)
     template = jax.eval_shape(InceptionV3().init, jax.random.key(0), images)['params']
     return {k: v.shape for k, v in traverse_util.flatten_dict(template, sep='/').items()}
-
-
-def _check_shapes(
-    path: Path, tensors: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Refuses tensors that are missing, left over or of another shape."""
-    missing = sorted(expected.keys() - tensors.keys())
-    left_over = sorted(tensors.keys() - expected.keys())
-    for names, what in ((missing, 'missing'), (left_over, 'left over')):
-        if names:
-            raise ValueError(
-                f'{path}: {len(names)} tensors are {what}, e.g. {", ".join(map(repr, names[:3]))}: '
-                f'not the Inception-v3 of 2015-12-05? {HOW_TO_GET}'
-            )
-    for name, shape in expected.items():
-        if tensors[name].shape != shape:
-            raise ValueError(
-                f'{path}: the tensor {name!r} has shape {tensors[name].shape}, expected {shape}: '
-                f'not the Inception-v3 of 2015-12-05? {HOW_TO_GET}'
-            )
-
-
-def _fold(
-    kernel: Float[np.ndarray, 'h w C N'],
-    gamma: Float[np.ndarray, 'N'] | float,
-    beta: Float[np.ndarray, 'N'],
-    mean: Float[np.ndarray, 'N'],
-    variance: Float[np.ndarray, 'N'],
-) -> tuple[Float[np.ndarray, 'h w C N'], Float[np.ndarray, 'N']]:
-    """Kernel and bias of a convolution with its batch normalisation, computed in float64.
-
-    Each is then within half a unit of float32; features differ from those of the normalisation
-    computed by itself by the rounding of the latter, about 1e-6 of the largest.
-    """
-    factor = gamma / np.sqrt(np.asarray(variance, np.float64) + BN_EPSILON)
-    kernel = np.asarray(kernel, np.float64) * factor[None, None, None]
-    return kernel.astype(np.float32), (beta - mean * factor).astype(np.float32)
-
-
-def _read_own(path: Path) -> dict[str, np.ndarray]:
-    """Parameters by path, from a file that `convert` wrote."""
-    reader = open_safetensors(path)
-    if reader.metadata.get('format') != FORMAT:
-        raise ValueError(
-            f'{path}: the format is {reader.metadata.get("format")!r}, expected {FORMAT!r}, as '
-            f'--convert writes. {HOW_TO_GET}'
-        )
-    tensors = {name: reader[name] for name in reader}
-    _check_shapes(path, tensors, _parameter_shapes())
-    return {name: array.astype(np.float32) for name, array in tensors.items()}
-
-
-def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    """Parameters by path, from a state dict under torchvision's names."""
-    state = torch_files.load(path)
-    if not isinstance(state, dict) or not all(isinstance(a, np.ndarray) for a in state.values()):
-        raise ValueError(f'{path}: not a dict of tensors. {HOW_TO_GET}')
-    tensors = {n: a for n, a in state.items() if not str(n).endswith('.num_batches_tracked')}
-    classes = len(tensors['fc.weight']) if 'fc.weight' in tensors else None
-    if classes == 1000 or any(str(name).startswith('AuxLogits.') for name in tensors):
-        raise ValueError(
-            f"{path}: these are the weights of torchvision's inception_v3 (1000 classes, an "
-            'auxiliary head), another network: numbers made with it are no FID. ' + HOW_TO_GET
-        )
-    shapes = _parameter_shapes()
-    expected = {'fc.weight': (NUM_CLASSES, 2048), 'fc.bias': (NUM_CLASSES,)}
-    for ours, theirs in TORCH_NAMES.items():
-        h, w, c, n = shapes[f'{ours}/kernel']
-        expected[f'{theirs}.conv.weight'] = (n, c, h, w)
-        for name in ('weight', 'bias', 'running_mean', 'running_var'):
-            expected[f'{theirs}.bn.{name}'] = (n,)
-    _check_shapes(path, tensors, expected)
-    flat = {'softmax/kernel': tensors['fc.weight'].T.astype(np.float32)}
-    for ours, theirs in TORCH_NAMES.items():
-        gamma, beta, mean, variance = (
-            tensors[f'{theirs}.bn.{name}']
-            for name in ('weight', 'bias', 'running_mean', 'running_var')
-        )
-        # torch keeps OIHW.
-        kernel = tensors[f'{theirs}.conv.weight'].transpose(2, 3, 1, 0)
-        flat[f'{ours}/kernel'], flat[f'{ours}/bias'] = _fold(kernel, gamma, beta, mean, variance)
-    return flat
-
-
-_GRAPH_BN = ('gamma', 'beta', 'moving_mean', 'moving_variance')
-
-
-def _read_graphdef(graph: GraphDef) -> dict[str, np.ndarray]:
-    """Parameters by path, from the frozen TensorFlow graph."""
-    shapes = _parameter_shapes()
-    expected = {'softmax/weights': (2048, NUM_CLASSES), 'softmax/biases': (NUM_CLASSES,)}
-    for ours in TORCH_NAMES:
-        expected[f'{_scope(ours)}/conv2d_params'] = shapes[f'{ours}/kernel']
-        for name in _GRAPH_BN:
-            expected[f'{_scope(ours)}/batchnorm/{name}'] = shapes[f'{ours}/bias']
-    # Other constants are sizes and axes; one that is text cannot even be read.
-    tensors = {
-        name: graph[name]
-        for name in graph
-        if name in expected or name.endswith(('/conv2d_params', *(f'/{n}' for n in _GRAPH_BN)))
-    }
-    _check_shapes(graph.path, tensors, expected)
-    last_pool = graph.nodes.get('mixed_10/tower_2/pool')
-    if last_pool is not None and last_pool.op != 'MaxPool':
-        raise ValueError(
-            f'{graph.path}: mixed_10/tower_2/pool is {last_pool.op}, expected MaxPool: not the '
-            f'Inception-v3 of 2015-12-05? {HOW_TO_GET}'
-        )
-    flat = {'softmax/kernel': tensors['softmax/weights'].astype(np.float32)}
-    for ours in TORCH_NAMES:
-        scope = _scope(ours)
-        gamma, beta, mean, variance = (tensors[f'{scope}/batchnorm/{n}'] for n in _GRAPH_BN)
-        if not _uses_gamma(graph, f'{scope}/batchnorm'):
-            gamma = 1.0
-        kernel = tensors[f'{scope}/conv2d_params']
-        flat[f'{ours}/kernel'], flat[f'{ours}/bias'] = _fold(kernel, gamma, beta, mean, variance)
-    return flat
-
-
-def _uses_gamma(graph: GraphDef, name: str) -> bool:
-    """Whether the normalisation `name` multiplies by gamma; also checks its epsilon."""
-    node = graph.nodes.get(name)
-    if node is None or node.op != 'BatchNormWithGlobalNormalization':
-        return True
-    epsilon = node.attrs.get('variance_epsilon', BN_EPSILON)
-    if not isinstance(epsilon, float) or abs(epsilon - BN_EPSILON) > 1e-6 * BN_EPSILON:
-        raise ValueError(
-            f'{graph.path}: {name} has variance_epsilon {epsilon!r}, expected {BN_EPSILON}: not '
-            f'the Inception-v3 of 2015-12-05? {HOW_TO_GET}'
-        )
-    return bool(node.attrs.get('scale_after_normalization', True))
 
 
 def convert(source: str | os.PathLike, destination: str | os.PathLike) -> str:
@@ -689,7 +443,7 @@ def convert(source: str | os.PathLike, destination: str | os.PathLike) -> str:
     network = load_inception(source)
     flat = traverse_util.flatten_dict(dict(network.params), sep='/')
     header = {
-        'format': FORMAT,
+        'format': inception_weights.FORMAT,
         'network': 'Inception-v3 of 2015-12-05, batch normalisation folded in',
         'source': network.path.name,
         'source_sha256': network.sha256,

@@ -9,7 +9,7 @@ import pytest
 from flax import traverse_util
 from safetensors import safe_open
 
-from dmq_jax.metrics import inception
+from dmq_jax.metrics import inception, inception_weights
 from dmq_jax.metrics.inception import (
     TAPS,
     extract,
@@ -154,7 +154,7 @@ def test_folding_equals_normalisation_in_float64():
     gamma, beta, mean = rng.normal(size=(3, 4)).astype(np.float32)
     variance = rng.uniform(1e-4, 3, 4).astype(np.float32)
     x = rng.normal(size=(6, 5))
-    folded_kernel, bias = inception._fold(kernel, gamma, beta, mean, variance)
+    folded_kernel, bias = inception_weights.fold(kernel, gamma, beta, mean, variance)
     y = x @ kernel[0, 0].astype(np.float64)
     want = gamma * (y - mean) / np.sqrt(variance.astype(np.float64) + 0.001) + beta
     assert relative_error(x @ folded_kernel[0, 0].astype(np.float64) + bias, want) < 1e-6
@@ -209,11 +209,11 @@ def test_wrong_images_are_refused(network, images, options, text):
 
 def test_layer_names_are_those_of_tensorflow_and_torchvision(flat):
     layers = {path.removesuffix('/kernel') for path in flat if path.endswith('/kernel')}
-    assert layers - {'softmax'} == set(inception.TORCH_NAMES)
+    assert layers - {'softmax'} == set(inception_weights.TORCH_NAMES)
     assert len(layers) == 95
-    assert set(inception.TORCH_NAMES.values()) == set(oracle.LAYERS)
-    for ours, theirs in inception.TORCH_NAMES.items():
-        assert inception._scope(ours) == oracle.tf_scope(theirs)
+    assert set(inception_weights.TORCH_NAMES.values()) == set(oracle.LAYERS)
+    for ours, theirs in inception_weights.TORCH_NAMES.items():
+        assert inception_weights.tensorflow_scope(ours) == oracle.tf_scope(theirs)
 
 
 @pytest.mark.parametrize('kind', ['legacy.pth', 'graph.pb', 'own.safetensors'])
@@ -328,7 +328,7 @@ def test_another_safetensors_file_is_refused(tmp_path):
     save_file({'x': np.zeros(1, np.float32)}, path)
     with pytest.raises(ValueError, match='format is None'):
         load_inception(path)
-    save_file({'x': np.zeros(1, np.float32)}, path, {'format': inception.FORMAT})
+    save_file({'x': np.zeros(1, np.float32)}, path, {'format': inception_weights.FORMAT})
     with pytest.raises(ValueError, match='189 tensors are missing'):
         load_inception(path)
 
