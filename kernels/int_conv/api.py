@@ -5,31 +5,58 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Int8, Int32, UInt8
+from jaxtyping import Array, Float, Int, Int8, Int32, UInt8
 
-from kernels import packing
+from kernels import packing, triton_shim
+from kernels.epilogue import Epilogue, apply, check
 from kernels.int_conv import reference, xla
 from kernels.int_matmul.api import (
     Backend,
     Choice,
+    Problem,
     check_accumulator,
+    check_input,
     check_weight,
     choose_backend,
+    mode_of,
+    never,
+    num_codes,
+    triton_refusal,
 )
+
+
+def _triton_reluctance(problem: Problem | None) -> str | None:
+    if problem is not None and problem.row_bytes % 16:
+        return (
+            f'taps of {problem.row_bytes} bytes: not a multiple of 16, so loads are narrow and '
+            'most of a step may be empty'
+        )
+    return triton_shim.reluctance()
+
 
 # In order of preference; the reference, last, accepts everything.
 BACKENDS = {
-    'xla': Backend(xla.int_conv, xla.refusal),
-    'reference': Backend(reference.int_conv, reference.refusal),
+    'triton': Backend(triton_refusal, _triton_reluctance),
+    'xla': Backend(lambda problem: xla.refusal(), never),
+    'reference': Backend(never, never),
 }
 
 
-def choose(w_shape: tuple[int, int, int, int], implementation: str | None = None) -> Choice:
+def choose(
+    w_shape: tuple[int, int, int, int],
+    implementation: str | None = None,
+    problem: Problem | None = None,
+) -> Choice:
     """The back end that `int_conv` runs for weights [O, kh, kw, C] here, and why.
 
     Raises as `int_conv` does for an unknown or refused name.
+
+    Args:
+      w_shape: of unpacked weights.
+      implementation: as for `int_conv`.
+      problem: sizes; None decides by platform alone.
     """
-    choice = choose_backend(BACKENDS, implementation)
+    choice = choose_backend(BACKENDS, implementation, problem)
     if choice.implementation != 'xla':
         return choice
     algorithm, reason = xla.choose_algorithm(w_shape)
@@ -37,63 +64,135 @@ def choose(w_shape: tuple[int, int, int, int], implementation: str | None = None
 
 
 def int_conv(
-    x: Int8[Array, 'B H W C'],
+    x: Int8[Array, 'B H W C'] | UInt8[Array, 'B H W Lx'],
     w: Int8[Array, 'O kh kw C'] | UInt8[Array, 'O taps L'],
     *,
     strides: tuple[int, int],
     padding: tuple[tuple[int, int], tuple[int, int]],
-    pad_value: int | np.integer | Int[Array | np.ndarray, ''] | Int[Array | np.ndarray, 'B'] = 0,
+    pad_value: int
+    | np.integer
+    | Int[Array | np.ndarray, '']
+    | Int[Array | np.ndarray, 'B']
+    | None = None,
     bits: int | None = None,
     signed: bool = True,
     kernel_size: tuple[int, int] | None = None,
+    x_bits: int | None = None,
     x_max: int = 128,
     w_max: int | None = None,
+    epilogue: Epilogue | None = None,
+    tap_sum: Int32[Array, 'O taps'] | None = None,
+    out_dtype: str = 'float32',
     implementation: str | None = None,
-) -> Int32[Array, 'B Ho Wo O']:
+) -> Int32[Array, 'B Ho Wo O'] | Float[Array, 'B Ho Wo O']:
     """Exact integer convolution (correlation, no groups, no dilation).
 
     out[b, h, w, o] = sum over i, j, c of padded[b, h s + i, w s + j, c] w[o, i, j, c]
 
     Args:
-      x: int8 codes.
+      x: int8 codes, or signed codes, each pixel packed along C by `packing.pack` (uint8, then
+        `x_bits` is needed).
       w: int8 codes [O, kh, kw, C], or uint8 [O, kh * kw, packed_length(C, bits)], each tap packed
         along C by `packing.pack`.
       strides: along H and W.
       padding: ((top, bottom), (left, right)) in pixels, each >= 0.
       pad_value: the code that means 0.0 (the zero point of x), in [-128, 127]: one for all
-        images, or an integer array [B] with one for each.
+        images, or an integer array [B] with one for each. None takes it from the epilogue, else 0.
       bits: width of packed codes, 2..8; None for int8.
       signed: whether packed codes are signed; ignored for int8.
       kernel_size: (kh, kw) of packed weights; None means a square kernel. Ignored for int8.
+      x_bits: width of packed codes of x; None for int8.
       x_max: largest |code| in x and pad_value, a promise used only to bound the accumulator.
       w_max: the same for w; None takes it from `bits` and `signed`.
-      implementation: None, or the name of a back end that must run ('xla', 'reference').
+      epilogue: makes real values of the sums; None returns them. Its low-rank branch is given
+        as [B, Ho, Wo, R].
+      tap_sum: sum over c of w, if known; used with codes for zero other than 0.
+      out_dtype: 'float32', 'bfloat16' or 'float16', with an epilogue only.
+      implementation: None, or the name of a back end that must run ('triton', 'xla',
+        'reference').
 
     Returns:
-      int32 sums, equal for every back end.
+      int32 sums, equal for every back end; or their epilogue, equal but for the last bits.
 
     Raises:
       ValueError: if dtypes or shapes disagree, or a sum might not fit int32.
       NotImplementedError: if the named back end cannot run here.
     """
-    run = BACKENDS[choose_backend(BACKENDS, implementation).implementation].run
-    if x.dtype != jnp.int8 or x.ndim != 4:
+    choose_backend(BACKENDS, implementation)
+    if x.ndim != 4 or (x_bits is None and x.dtype != jnp.int8):
         raise ValueError(f'x is {x.dtype} {x.shape}: expected int8 [B, H, W, C].')
+    check_input(x, x_bits)
     code_max = check_weight(w, bits, signed)
+    C = num_codes(x, w, bits, x_bits)
+    if x_bits is not None and x.shape[-1] != packing.packed_length(C, x_bits):
+        raise ValueError(
+            f'x has {x.shape[-1]} bytes per pixel: expected {packing.packed_length(C, x_bits)} '
+            f'for C={C}, x_bits={x_bits}.'
+        )
     if bits is not None:
-        w = _unpack_taps(w, bits, signed, kernel_size, channels=x.shape[-1])
-    if w.ndim != 4 or w.shape[-1] != x.shape[-1]:
-        raise ValueError(f'w {w.shape} for x {x.shape}: expected [O, kh, kw, C={x.shape[-1]}].')
-    _check_geometry(x.shape, w.shape, strides, padding)
-    pad_value = _check_pad_value(pad_value, x.shape[0])
-    check_accumulator(math.prod(w.shape[1:]), x_max, code_max if w_max is None else w_max)
-    return run(x, w, strides=tuple(strides), padding=padding, pad_value=pad_value)
+        kernel_size = _check_taps(w, bits, kernel_size, channels=C)
+    elif w.ndim == 4:
+        kernel_size = w.shape[1:3]
+    if bits is None and (w.ndim != 4 or w.shape[-1] != C):
+        raise ValueError(f'w {w.shape} for x {x.shape}: expected [O, kh, kw, C={C}].')
+    num_outputs = w.shape[0]
+    w_shape = (num_outputs, *kernel_size, C)
+    _check_geometry(x.shape, w_shape, strides, padding)
+    K = math.prod(w_shape[1:])
+    check_accumulator(K, x_max, code_max if w_max is None else w_max)
+    height, width = (
+        (x.shape[1 + axis] + sum(padding[axis]) - kernel_size[axis]) // strides[axis] + 1
+        for axis in (0, 1)
+    )
+    has_zero = False
+    if epilogue is not None:
+        rows_shape = (x.shape[0], height, width)
+        check(epilogue, out_dtype, rows_shape=rows_shape, num_outputs=num_outputs)
+        has_zero = epilogue.zero_point is not None
+    if pad_value is None and has_zero:
+        last_row = epilogue.zero_point.shape[0] - 1
+        pad_value = epilogue.zero_point[jnp.clip(epilogue.row, 0, last_row)]
+    pad_value = _check_pad_value(0 if pad_value is None else pad_value, x.shape[0])
+    mode = mode_of(w, bits, signed, x_bits)
+    problem = Problem(
+        mode, 1, x.shape[0] * height * width, num_outputs, K, w.shape[-1], x_max,
+        epilogue is not None, x.size,
+    )  # fmt: skip
+    name = choose_backend(BACKENDS, implementation, problem).implementation
+    packed_w = w
+    if bits is not None:
+        # Where the kernel takes them packed, XLA drops this unless the sums below need it.
+        w = packing.unpack(w, bits, signed=signed, length=C).reshape(w_shape)
+    if x_bits is not None and not (name == 'triton' and mode == 'W4A4'):
+        x = packing.unpack(x, x_bits, signed=True, length=C)
+    if tap_sum is None and (has_zero or not isinstance(pad_value, int) or pad_value != 0):
+        tap_sum = jnp.sum(w, axis=-1, dtype=jnp.int32).reshape(num_outputs, -1)
+    geometry = {'strides': tuple(strides), 'padding': padding, 'pad_value': pad_value}
+    if name == 'triton':
+        from kernels.int_conv import triton
+
+        return triton.int_conv(
+            x,
+            w.reshape(num_outputs, -1, C) if mode == 'W8A8' else packed_w,
+            channels=C,
+            kernel_size=tuple(kernel_size),
+            epilogue=epilogue,
+            tap_sum=tap_sum,
+            out_dtype=out_dtype,
+            **geometry,
+        )
+    run = xla.int_conv if name == 'xla' else reference.int_conv
+    total = run(x, w, **geometry)
+    if epilogue is None:
+        return total
+    w_sum = jnp.sum(tap_sum, axis=-1) if has_zero else None
+    return apply(total, epilogue, w_sum, out_dtype)
 
 
-def _unpack_taps(
-    w: Array, bits: int, signed: bool, kernel_size: tuple[int, int] | None, *, channels: int
-) -> Array:
-    """[O, kh * kw, bytes] → [O, kh, kw, C]."""
+def _check_taps(
+    w: Array, bits: int, kernel_size: tuple[int, int] | None, *, channels: int
+) -> tuple[int, int]:
+    """Checks packed weights [O, kh * kw, bytes]; returns (kh, kw)."""
     length = packing.packed_length(channels, bits)
     if w.ndim != 3 or w.shape[-1] != length:
         raise ValueError(
@@ -107,8 +206,7 @@ def _unpack_taps(
             f'packed w has {num_taps} taps, kernel_size={tuple(kernel_size)}: expected kh * kw '
             'taps; give kernel_size if the kernel is not square.'
         )
-    codes = packing.unpack(w, bits, signed=signed, length=channels)
-    return codes.reshape(w.shape[0], *kernel_size, channels)
+    return tuple(kernel_size)
 
 
 def _check_geometry(

@@ -1,17 +1,19 @@
 """Times integer convolutions against float32: `python -m kernels.int_conv.bench [name ...]`.
 
 Columns: `int8` and `W4 packed` are the library, the next ones its algorithms, whichever it
-chooses; `float32 codes` carries the integers in float32, exact only below 2^24.
+chooses; `float32 codes` carries the integers in float32, exact only below 2^24. Where the Triton
+kernels can run, they follow with the bfloat16 of XLA.
 """
 
 import argparse
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kernels import packing, timing
+from kernels import packing, timing, triton_shim
 from kernels.int_conv import choose, int_conv, xla
 from kernels.int_conv.shapes import REAL, Shape
 
@@ -49,6 +51,21 @@ def variants(shape: Shape) -> dict[str, tuple]:
         'W4 packed': (lambda x, w: int_conv(x, w, bits=4, **geometry), (x, w_packed)),
         **{name: algorithm(name) for name in xla.ALGORITHMS},
         'float32 codes': (float32_codes, (x, w)),
+        **_gpu_variants(float32_conv, x, w, w_packed, hwio, geometry),
+    }
+
+
+def _gpu_variants(conv, x, w, w_packed, hwio, geometry) -> dict[str, tuple]:
+    """bfloat16 and the Triton kernels, where they can run; the baseline to beat is bfloat16."""
+    if triton_shim.refusal() is not None:
+        return {}
+    named = functools.partial(int_conv, implementation='triton', **geometry)
+    x4 = packing.pack(x >> jnp.int8(4), 4)
+    return {
+        'bfloat16': (conv, (x.astype(jnp.bfloat16), hwio.astype(jnp.bfloat16))),
+        'triton W8A8': (named, (x, w)),
+        'triton W4A8': (functools.partial(named, bits=4), (x, w_packed)),
+        'triton W4A4': (functools.partial(named, bits=4, x_bits=4), (x4, w_packed)),
     }
 
 

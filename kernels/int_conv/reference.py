@@ -4,11 +4,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int8, Int32
 
 
-def refusal() -> str | None:
-    """Why this back end cannot run here; always None, since the definition runs everywhere."""
-    return None
-
-
 def pad_with_codes(
     x: Int8[Array, 'B H W C'],
     padding: tuple[tuple[int, int], tuple[int, int]],

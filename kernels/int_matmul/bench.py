@@ -2,9 +2,11 @@
 
 Columns: `int8` and `W4 packed` are the library; `swapped w` passes w as a transpose of the stored
 array, as softmax times v does; `unconstrained` is that without the rule on the order in memory.
+Where the Triton kernels can run, they follow with the bfloat16 of XLA.
 """
 
 import argparse
+import functools
 import math
 
 import jax
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kernels import packing, timing
+from kernels import packing, timing, triton_shim
 from kernels.int_matmul import int_matmul
 from kernels.int_matmul.shapes import REAL, Shape
 
@@ -41,6 +43,24 @@ def variants(shape: Shape) -> dict[str, tuple]:
         'W4 packed': (lambda x, w: int_matmul(x, w, bits=4), (x, w_packed)),
         'swapped w': (lambda x, v: int_matmul(x, jnp.swapaxes(v, -1, -2)), (x, swapped)),
         'unconstrained': (unconstrained, (x, swapped)),
+        **_gpu_variants(x, w, w_packed),
+    }
+
+
+def _gpu_variants(x: jax.Array, w: jax.Array, w_packed: jax.Array) -> dict[str, tuple]:
+    """bfloat16 and the Triton kernels, where they can run; the baseline to beat is bfloat16."""
+    if triton_shim.refusal() is not None:
+        return {}
+    named = functools.partial(int_matmul, implementation='triton')
+    x4 = packing.pack(x >> jnp.int8(4), 4)
+    return {
+        'bfloat16': (
+            lambda x, w: jnp.einsum('...mk,...nk->...mn', x, w),
+            (x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)),
+        ),
+        'triton W8A8': (named, (x, w)),
+        'triton W4A8': (functools.partial(named, bits=4), (x, w_packed)),
+        'triton W4A4': (functools.partial(named, bits=4, x_bits=4), (x4, w_packed)),
     }
 
 

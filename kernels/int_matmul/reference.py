@@ -4,11 +4,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int8, Int32
 
 
-def refusal() -> str | None:
-    """Why this back end cannot run here; always None, since the definition runs everywhere."""
-    return None
-
-
 def int_matmul(
     x: Int8[Array, '*batch M K'], w: Int8[Array, '*batch N K']
 ) -> Int32[Array, '*batch M N']:

@@ -1,5 +1,6 @@
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -31,3 +32,14 @@ def test_a_benchmark_prints_a_row_for_the_shape_asked_for(bench, shape_name, mon
     bench.main()
     printed = capsys.readouterr().out
     assert 'cpu' in printed and f'| {shape_name} |' in printed
+
+
+@pytest.mark.parametrize(
+    ('bench', 'shape_name'),
+    [(int_conv_bench, 'down_32x32_128_b8'), (int_matmul_bench, 'attention_heads_16x16')],
+)
+def test_on_a_gpu_the_kernels_and_bfloat16_are_columns_too(bench, shape_name, interpreted):
+    variants = bench.variants(bench.REAL[shape_name])
+    shapes = {name: jax.eval_shape(*call[:1], *call[1]).shape for name, call in variants.items()}
+    assert {'bfloat16', 'triton W8A8', 'triton W4A8', 'triton W4A4'} <= set(shapes)
+    assert len(set(shapes.values())) == 1
