@@ -2,8 +2,8 @@
 
     python -m dmq_jax.main --config=configs/fashion_mnist_w4a4.py --workdir=runs/fashion_mnist_w4a4
 
-About 45 minutes on four cores. `paper` leaves first and last layers at 8 bits and shortcuts, strided convolutions and attention
-products in float; `full` exempts nothing.
+About 45 minutes on four cores. `paper` leaves first and last layers at 8 bits and shortcuts,
+strided convolutions and attention products in float; `full` exempts nothing.
 """
 
 from dmq_jax.config import base, student

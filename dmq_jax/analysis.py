@@ -20,7 +20,6 @@ from dmq_jax.config import SamplerConfig
 from dmq_jax.diffusion import samplers
 from dmq_jax.methods.base import apply_fake
 from dmq_jax.quant.plan import Plan
-from dmq_jax.quant.rows import at_timestep
 from dmq_jax.runtime.progress import progress
 
 Gates = Mapping[str, Bool[Array, '']]
@@ -116,7 +115,9 @@ def _trajectory(
     labels: Int[Array, 'B'] | None,
 ) -> Float[Array, 'S B H W C']:
     """x_t at every timestep that the teacher's sampler visits."""
-    predict = denoisers.guided(teacher.predict, teacher.info, guidance_scale)
+    predict = denoisers.guided(
+        teacher.predict, teacher.info, guidance_scale, keep_variance=sampler.learns_variance
+    )
 
     @jax.jit
     def visit_all(params, sampler, keys, labels):
@@ -154,13 +155,22 @@ def predict_mixed(
     for path, is_on in kernel_gates.items():
         if (name := f'{path}/kernel') in flat:
             flat[name] = jnp.where(is_on, kernels[name], flat[name])
-    tables, timesteps = student_params['tables'], student_params['timesteps']
     rows = {
-        path: {role: {**row, 'gate': input_gates[path]} for role, row in roles.items()}
-        for path, roles in at_timestep(tables, timesteps, t, lookup=predict.lookup).items()
+        path: {
+            role: _gated_channels(row, kernel_gates[path])
+            if role == 'channels'
+            else {**row, 'gate': input_gates[path]}
+            for role, row in roles.items()
+        }
+        for path, roles in denoisers.rows_at(student_params, t, predict.lookup).items()
     }
     params = traverse_util.unflatten_dict(flat, sep='/')
     return apply_fake(predict.network.apply, dict(predict.plan), params, rows, x, t, y)
+
+
+def _gated_channels(factors: Mapping[str, Array], is_on: Array) -> dict[str, Array]:
+    """Factors of channels where the student's kernel, which they belong to, is on; else 1."""
+    return {end: jnp.where(is_on, factor, 1.0) for end, factor in factors.items()}
 
 
 def kernel_errors(plan: Plan, teacher_params: PyTree, student_params: PyTree) -> dict[str, float]:

@@ -77,13 +77,13 @@ def quantize(
     calibration_config = config_lib.from_config_dict(
         calibrate_options or {}, config_lib.CalibrateConfig
     )
-    plan = denoisers.make_plan(denoisers.quantizable(teacher), student.quant)
+    plan = denoisers.make_plan(denoisers.quantizable(teacher), student.quant, teacher.network)
     device_mesh = mesh.make_mesh(1)
     calibrate_key, init_key, finetune_key = jax.random.split(jax.random.key(seed), 3)
     calibration = calibrate.run(
         teacher, plan, calibration_config, key=calibrate_key, device_mesh=device_mesh
     )
-    learner = methods.make(student.method, plan)
+    learner = methods.make(student.method, plan, teacher.info.schedule.num_train_timesteps)
     state = jax.jit(learner.init)(teacher.params, calibration.stats, init_key)
     lookup = student.quant.timestep_lookup
     if num_iterations:

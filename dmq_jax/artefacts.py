@@ -11,13 +11,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import jax
 import numpy as np
 
-from dmq_jax.runtime import log
+from dmq_jax.runtime import hosts, log
 
+M = TypeVar('M')
 T = TypeVar('T')
 
 _MARK = 'complete.json'
@@ -26,32 +27,53 @@ _LOCK = '.lock'
 
 
 def artefact(
-    path: Path, options: Any, make: Callable[[Path], None], load: Callable[[Path], T]
+    path: Path,
+    options: Any,
+    *,
+    make: Callable[[], M],
+    save: Callable[[Path, M], None],
+    load: Callable[[Path], T],
 ) -> T:
     """What `load` reads from the folder `path`, made first if it is not complete.
+
+    Of a run of several processes all call this: the first one decides whether the folder is
+    complete, all make its content, the first one writes it, and then all load it.
 
     Args:
       path: the folder.
       options: JSON values on which its content depends; kept in it.
-      make: writes everything into the folder it is given.
+      make: computes the content.
+      save: writes it into the folder it is given.
       load: reads it back.
 
     Raises:
       ValueError: the folder was made with other options; says which.
+      Interrupted: the run was asked to stop, and the folder is not complete.
     """
     options = _plain(options)
-    if is_complete(path):
-        _check(path, json.loads((path / _MARK).read_text()), options)
+    made_with = hosts.by_first(lambda: _read(path / _MARK))
+    if made_with is not None:
+        _check(path, made_with, options)
         return load(path)
-    # Made beside its final name and renamed when complete: a kill leaves no half artefact.
+    hosts.stop_if_asked()
+    content = make()
+    hosts.by_first(lambda: _write(path, options, lambda partial: save(partial, content)))
+    return load(path)
+
+
+def _read(mark: Path) -> Any:
+    return json.loads(mark.read_text()) if mark.is_file() else None
+
+
+def _write(path: Path, options: Any, save: Callable[[Path], None]) -> None:
+    # Written beside its final name and renamed when complete: a kill leaves no half artefact.
     partial = path.with_name(path.name + '.partial')
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    make(partial)
+    save(partial)
     log.write_json(partial / _MARK, options)
     shutil.rmtree(path, ignore_errors=True)
     os.replace(partial, path)
-    return load(path)
 
 
 def claim(path: Path, options: Any) -> None:
@@ -67,11 +89,11 @@ def claim(path: Path, options: Any) -> None:
       ValueError: the folder was begun with other options; says which.
     """
     options = _plain(options)
-    mark = path / _CLAIM
-    if mark.is_file():
-        _check(path, json.loads(mark.read_text()), options)
+    begun_with = hosts.by_first(lambda: _read(path / _CLAIM))
+    if begun_with is not None:
+        _check(path, begun_with, options)
     else:
-        log.write_json(mark, options)
+        hosts.by_first(lambda: log.write_json(path / _CLAIM, options))
 
 
 @contextlib.contextmanager
@@ -82,28 +104,40 @@ def sole_user(folder: Path) -> Iterator[None]:
     cleaned up after a kill. Of a run of several processes, the first one holds it for all.
 
     Raises:
-      ValueError: another process works there; says which.
+      ValueError: another run works there, and which; or the folder is not the same one for all
+        processes of this run.
     """
-    if jax.process_index() != 0:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _LOCK, 'a+') as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read() or 'another process'
+    held: list[IO[str]] = []
+    hosts.by_first(lambda: held.append(_lock(folder)))
+    try:
+        if not (folder / _LOCK).is_file():
             raise ValueError(
-                f'{folder} is in use by {holder}: wait for its end, or use another --workdir.'
-            ) from None
-        file.truncate(0)
-        file.write(f'process {os.getpid()} on {os.uname().nodename}')
-        file.flush()
-        try:
-            yield
-        finally:
+                f'process {jax.process_index()} does not see in {folder} what process 0 wrote '
+                f'there: --workdir must lie on a disk that all hosts share.'
+            )
+        yield
+    finally:
+        for file in held:
             file.truncate(0)
+            file.close()
+
+
+def _lock(folder: Path) -> IO[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / _LOCK, 'a+')  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read() or 'another process'
+        file.close()
+        raise ValueError(
+            f'{folder} is in use by {holder}: wait for its end, or use another --workdir.'
+        ) from None
+    file.truncate(0)
+    file.write(f'process {os.getpid()} on {os.uname().nodename}')
+    file.flush()
+    return file
 
 
 def is_complete(path: Path) -> bool:
@@ -127,7 +161,8 @@ def digest(arrays: Mapping[str, Any], settings: Any = None) -> str:
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         result.update(f'{name} {array.dtype} {array.shape}'.encode())
-        result.update(array.data)
+        # As bytes: a bfloat16 array has no buffer of its own.
+        result.update(array.view(np.uint8).data)
     return result.hexdigest()[:16]
 
 

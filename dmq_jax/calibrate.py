@@ -6,6 +6,7 @@ very shape of the tables of scales.
 
 import functools
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from dmq_jax.quant import observers
 from dmq_jax.quant.layers import collect_stats, observe_inputs
 from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import Plan
-from dmq_jax.runtime import mesh
+from dmq_jax.runtime import hosts, mesh
 from dmq_jax.runtime.progress import progress
 
 
@@ -62,18 +63,21 @@ def run(
             tuple(plan.items()),
             config.values_per_tensor,
             config.sampler.guidance_scale,
+            whole=functools.partial(mesh.whole, device_mesh),
         )  # fmt: skip
     )
     batch_size = min(config.batch_size, config.num_images)
     mesh.check_batch_size(device_mesh, batch_size, name='calibrate.batch_size')
     labels = denoisers.balanced_labels(config.num_images, teacher.info.num_classes)
-    params = mesh.replicate(device_mesh, teacher.params)
+    params = mesh.shard_weights(device_mesh, teacher.params)
     stats: Stats | None = None
     for begin in progress(range(0, config.num_images, batch_size), 'calibrate'):
         indices = np.arange(begin, begin + batch_size, dtype=np.uint32)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(indices))
         y = None if labels is None else jnp.asarray(labels[indices])
-        new = jax.device_get(observe(params, sampler, *mesh.shard_batch(device_mesh, (keys, y))))
+        found = observe(params, sampler, *mesh.shard_batch(device_mesh, (keys, y)))
+        new = mesh.fetch(device_mesh, found)
+        hosts.stop_if_asked()
         stats = new if stats is None else _merge(stats, new)
     return Calibration(np.asarray(sampler.timesteps), stats)
 
@@ -97,8 +101,10 @@ def observe_batch(
     sampler: samplers.Sampler,
     keys: Key[Array, 'B'],
     labels: Int[Array, 'B'] | None,
+    *,
+    whole: Callable[[PyTree], PyTree] = lambda params: params,
 ) -> Stats:
-    """Statistics of one batch of trajectories, leading axis S."""
+    """Statistics of one batch of trajectories, leading axis S; `whole` gathers split weights."""
     plan = dict(plan)
 
     def visit(x, t):
@@ -107,13 +113,15 @@ def observe_batch(
         def predict(params, x, t, y):
             with observe_inputs(plan, num_values):
                 prediction, collections = teacher.network.apply(
-                    {'params': params}, x, t, y, mutable=['stats']
+                    {'params': whole(params)}, x, t, y, mutable=['stats']
                 )
             found.update(collect_stats(plan, collections['stats']))
             return prediction
 
-        prediction = denoisers.guided(predict, teacher.info, guidance_scale)(params, x, t, labels)
-        return prediction, found
+        guided = denoisers.guided(
+            predict, teacher.info, guidance_scale, keep_variance=sampler.learns_variance
+        )
+        return guided(params, x, t, labels), found
 
     x_T = samplers.initial_noise(keys, teacher.info.image_shape)
     _, stats = samplers.sample(visit, sampler, x_T, keys)

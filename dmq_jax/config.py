@@ -72,8 +72,21 @@ class TeacherConfig:
     # of a diffusers folder whose class table has a row more, the null class that guidance needs;
     # None: every row is a class
     num_classes: int | None = None
+    # what wrote the checkpoint; 'auto': told by the names of its tensors
+    kind: Literal[
+        'auto', 'dmq_jax', 'diffusers', 'compvis', 'adm', 'ddim', 'dit', 'pixart'
+    ] = 'auto'  # fmt: skip
+    # what a single file does not tell: a published name, such as 'cin256-v2', or a JSON file
+    # {"network": {...}, "process": {...}}; see checkpoints/options.py
+    settings: str | None = None
+    # a diffusers folder that holds what the checkpoint lacks: vae/, text_encoder/, tokenizer/
+    components: str | None = None
+    ema: bool | None = None  # moving average or weights; None: as the original's samplers do
+    dtype: Literal['float32', 'bfloat16'] = 'float32'  # of the parameters on the device
+    negative_prompt: str | None = None  # the null condition of guidance; None: the empty text
 
     def __post_init__(self):
+        _check_choices(self)
         _check(bool(self.path), "path='': expected a bundled name, a file or a folder.")
         if self.num_classes is not None:
             _check_at_least(self, 1, 'num_classes')
@@ -83,11 +96,27 @@ class TeacherConfig:
 class SamplerConfig:
     """How images are drawn from a denoiser."""
 
-    name: Literal['ddim', 'ddpm', 'dpm_solver'] = 'ddim'  # update rule
-    num_steps: int = 20  # network evaluations per image (before guidance doubles them)
-    # which training timesteps are visited
-    spacing: Literal['uniform', 'quadratic', 'leading', 'trailing', 'linspace'] = 'uniform'
+    # update rule; 'plms' is the PNDM of Stable Diffusion, 'pndm' starts it with Runge-Kutta
+    name: Literal['ddim', 'ddpm', 'dpm_solver', 'plms', 'pndm', 'euler'] = 'ddim'
+    # network evaluations per image (before guidance doubles them); plms takes 1 more, pndm 9
+    num_steps: int = 20
+    # which training timesteps are visited; see diffusion.schedule.sampling_timesteps. 'karras':
+    # levels of noise instead, dpm_solver and euler only
+    spacing: Literal[
+        'uniform', 'quadratic', 'leading', 'trailing', 'linspace', 'compvis_uniform',
+        'compvis_quad', 'dpm_leading', 'dpm_linspace', 'adm', 'adm_ddim', 'karras',
+    ] = 'uniform'  # fmt: skip
+    steps_offset: int = 0  # added to the timesteps of 'leading' and 'dpm_leading'
+    # visits to each of equal sections of the schedule, lowest timesteps first; (): one; 'adm' only
+    sections: tuple[int, ...] = ()
     eta: float = 0.0  # share of fresh noise in [0, 1]; 0 is deterministic; DDIM only
+    # of the noise of ddpm, and no other; 'learned_range': the network predicts it
+    variance: Literal['fixed_small', 'fixed_large', 'learned_range'] = 'fixed_small'
+    clip_sample: float | None = None  # predicted images are clipped to [-this, this]; None: not
+    # share of the signal after the last step: all of it, or that of the first training timestep
+    final_alpha: Literal['one', 'first'] = 'one'
+    # of the last step, dpm_solver only; 'auto': first below 15 steps or where no noise is left
+    final_order: Literal['auto', 'first', 'second'] = 'auto'
     guidance_scale: float = 1.0  # classifier-free guidance weight; 1 is none
 
     def __post_init__(self):
@@ -98,6 +127,42 @@ class SamplerConfig:
         _check(
             self.eta == 0 or self.name == 'ddim',
             f'eta={self.eta} with name={self.name!r}: only ddim has an eta; set eta=0.0.',
+        )
+        fewest = {'plms': 2, 'pndm': 4}.get(self.name, 1)
+        _check(
+            self.num_steps >= fewest,
+            f'num_steps={self.num_steps} with name={self.name!r}: expected at least {fewest}.',
+        )
+        _check_at_least(self, 0, 'steps_offset')
+        _check(
+            self.steps_offset == 0 or self.spacing in ('leading', 'dpm_leading'),
+            f'steps_offset={self.steps_offset} with spacing={self.spacing!r}: only leading and '
+            f'dpm_leading have an offset; set steps_offset=0.',
+        )
+        is_divided = self.spacing == 'adm' and sum(self.sections) == self.num_steps
+        _check(
+            not self.sections or (is_divided and min(self.sections) >= 1),
+            f'sections={self.sections} with spacing={self.spacing!r}: expected (), or '
+            f"spacing='adm' and positive numbers of sum num_steps={self.num_steps}.",
+        )
+        _check(
+            self.spacing != 'karras' or self.name in ('dpm_solver', 'euler'),
+            f"spacing='karras' with name={self.name!r}: only dpm_solver and euler go by the level "
+            f'of noise; choose another spacing.',
+        )
+        _check(
+            self.variance == 'fixed_small' or self.name == 'ddpm',
+            f'variance={self.variance!r} with name={self.name!r}: only ddpm has a choice; set '
+            f"variance='fixed_small'.",
+        )
+        _check(
+            self.clip_sample is None or 0 < self.clip_sample < math.inf,
+            f'clip_sample={self.clip_sample}: expected None or a number above 0.',
+        )
+        _check(
+            self.final_order == 'auto' or self.name == 'dpm_solver',
+            f'final_order={self.final_order!r} with name={self.name!r}: only dpm_solver has a '
+            f"choice; set final_order='auto'.",
         )
 
 
@@ -162,12 +227,18 @@ class QuantConfig:
     percentile: float = 99.9  # per cent of the values covered by a 'percentile' observer
     per_timestep: bool = True  # one activation scale per timestep instead of one for all
     timestep_lookup: Literal['nearest', 'linear'] = 'nearest'  # row of a table for any t
+    # 2..8: width of what attention multiplies the values by, unsigned with zero point 0 (the
+    # papers' 8); None: as other activations
+    softmax_bits: int | None = None
 
     def __post_init__(self):
         _check_choices(self)
         _check_bits('weight_bits', self.weight_bits)
         _check_bits('activation_bits', self.activation_bits)
         _check(50 < self.percentile <= 100, f'percentile={self.percentile}: expected 50..100.')
+        if self.softmax_bits is not None:
+            valid = 2 <= self.softmax_bits <= 8
+            _check(valid, f'softmax_bits={self.softmax_bits}: expected 2..8, or None.')
         if self.weight_group_size is not None:
             _check_at_least(self, 1, 'weight_group_size')
         _check(
@@ -215,7 +286,95 @@ class EfficientDMConfig:
         _check_at_least(self, 0, *rates, 'feature_weight')
 
 
-MethodConfig = RoundToNearestConfig | EfficientDMConfig  # chosen by the field `name`
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BlockLearningConfig:
+    """How block reconstruction learns: AdaRound and LSQ as BRECQ's code has them."""
+
+    rounding_learning_rate: float = 1e-3  # Adam, of the variables that decide the rounding
+    penalty_weight: float = 0.01  # of what drives every decision to 0 or 1, beside the error
+    warm_up: float = 0.2  # share of the iterations without that penalty
+    beta_start: float = 20.0  # exponent of the penalty after the warm-up...
+    beta_end: float = 2.0  # ...and at the end
+    input_share: float = 0.25  # iterations for the scales of activations per one for the rounding
+    input_scale_learning_rate: float = 4e-3  # Adam, per unit of each activation scale
+    input_error_norm: float = 2.4  # exponent of the error that the scales are learnt with
+
+    def __post_init__(self):
+        _check_at_least(self, 0, 'rounding_learning_rate', 'input_scale_learning_rate')
+        _check_at_least(self, 0, 'penalty_weight', 'beta_start', 'beta_end', 'input_share')
+        _check_at_least(self, 1, 'input_error_norm')
+        _check(0 <= self.warm_up < 1, f'warm_up={self.warm_up}: expected 0..1 (below 1).')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QDiffusionConfig:
+    """Learnt rounding on inputs from all timesteps (Li et al., ICCV 2023, arXiv:2302.04304)."""
+
+    name: Literal['qdiffusion'] = 'qdiffusion'
+    learning: BlockLearningConfig = BlockLearningConfig()
+
+    def __post_init__(self):
+        _check_choices(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TuneQDMConfig:
+    """Scales alone are tuned, the integers stand (Ryu et al., ECCV 2024, arXiv:2401.04339)."""
+
+    name: Literal['tuneqdm'] = 'tuneqdm'
+    num_experts: int = 2  # sets of scales, each for an equal interval of the training timesteps
+    # 'both': of output and input channels; 'output': of output channels alone, which is PEQA
+    # (arXiv:2305.14152)
+    scales: Literal['both', 'output'] = 'both'
+    # Adam, per unit of each scale; the authors' code has 3e-6 in absolute units, for 400 steps of
+    # batch 1
+    learning_rate: float = 1e-3
+    # standard deviation around 1 of the first input scales: the paper draws them from N(1, 0.01),
+    # its code starts at 1
+    input_spread: float = 0.0
+
+    def __post_init__(self):
+        _check_choices(self)
+        _check_at_least(self, 1, 'num_experts')
+        _check_at_least(self, 0, 'learning_rate', 'input_spread')
+
+
+# chosen by the field `name`
+MethodConfig = RoundToNearestConfig | EfficientDMConfig | QDiffusionConfig | TuneQDMConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """Block by block towards the teacher, for methods that learn so; before fine-tuning."""
+
+    num_iterations: int = 0  # optimizer steps per block and pass; 0: none. The papers' 20,000
+    batch_size: int = 32  # samples per optimizer step
+    # kept in memory at the input and the output of one block at a time: this many timesteps, evenly
+    # spaced on the trajectories, times images, times 2 with guidance; the papers' 20 x 256
+    num_timesteps: int = 20
+    num_images: int = 256
+    sampler: SamplerConfig = SamplerConfig()  # draws the trajectories
+    # regular expression over module paths; an outermost module it matches whole is one block, each
+    # quantized layer outside of them is one by itself
+    blocks: str = r'(.*/)?((block|attention)_\d+|downsample|upsample)'
+    # rounds after the first draw their inputs with the student of the round before (TCAQ-DM)
+    num_rounds: int = 1
+    later_share: float = 0.5  # iterations of a later round per one of the first
+
+    def __post_init__(self):
+        _check_at_least(self, 0, 'num_iterations')
+        _check_at_least(self, 1, 'batch_size', 'num_timesteps', 'num_images', 'num_rounds')
+        _check(0 < self.later_share <= 1, f'later_share={self.later_share}: expected 0..1.')
+        _check(
+            self.num_timesteps <= self.sampler.num_steps,
+            f'num_timesteps={self.num_timesteps}: expected at most the '
+            f'{self.sampler.num_steps} steps of its sampler.',
+        )
+        try:
+            re.compile(self.blocks)
+        except re.error as error:
+            text = f'blocks={self.blocks!r}: not a regular expression ({error}).'
+            raise ValueError(text) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,6 +399,33 @@ class FinetuneConfig:
         _check_choices(self)
         _check_at_least(self, 0, 'num_iterations')
         _check_at_least(self, 1, 'batch_size', 'checkpoint_every', 'log_every', 'max_to_keep')
+        _check(
+            self.sampler.variance != 'learned_range',
+            "finetune.sampler.variance='learned_range': the predictions compared are those of eps "
+            "or v alone; use name='ddim', or a fixed variance.",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptConfig:
+    """Fine-tuning on images of one's own with the denoising loss, after all other learning."""
+
+    num_iterations: int = 0  # optimizer steps; 0: none
+    images: str = ''  # an .npz, a folder of images or of one subfolder per class, or tfds:NAME
+    label: int = 0  # class of images without labels, for a teacher that has classes
+    label_dropout: float = 0.1  # share of labels replaced by the null class, for guidance
+    batch_size: int = 16  # images per optimizer step, each at a timestep of its own
+    checkpoint_every: int = 200  # optimizer steps between checkpoints
+    log_every: int = 20  # optimizer steps between lines of metrics.jsonl
+
+    def __post_init__(self):
+        _check_at_least(self, 0, 'num_iterations', 'label')
+        _check_at_least(self, 1, 'batch_size', 'checkpoint_every', 'log_every')
+        _check(0 <= self.label_dropout < 1, f'label_dropout={self.label_dropout}: expected 0..1.')
+        _check(
+            self.num_iterations == 0 or bool(self.images),
+            "images='' with num_iterations > 0: expected an .npz, a folder or tfds:NAME.",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -248,7 +434,9 @@ class StudentConfig:
 
     method: MethodConfig = RoundToNearestConfig()
     quant: QuantConfig = QuantConfig()
+    reconstruct: ReconstructConfig = ReconstructConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    adapt: AdaptConfig = AdaptConfig()
 
     def __post_init__(self):
         _check(
@@ -265,6 +453,9 @@ class SampleConfig:
     num_images: int = 1000  # images per network
     batch_size: int = 100  # images per network call; does not change the images
     mode: Literal['integer', 'fake'] = 'integer'  # multiply integers, or simulate in float
+    # a text file, one prompt a line, of a text-conditional teacher: image i has prompt i, and
+    # again from the first; calibration and fine-tuning take the same ones
+    prompts: str | None = None
 
     def __post_init__(self):
         _check_choices(self)
@@ -304,12 +495,23 @@ class ReportConfig:
 class MeshConfig:
     """The devices of a run."""
 
-    data: int = -1  # devices a batch is split over; -1: all of them
+    # batches have data * fsdp parts, and the product of the three is the number of devices used;
+    # one may be -1: all the devices that the others leave
+    data: int = -1
+    fsdp: int = 1  # parts of weights and optimizer state as well: less memory, more traffic
+    tensor: int = 1  # parts of the output channels of weights
 
     def __post_init__(self):
+        for name in ('data', 'fsdp', 'tensor'):
+            size = getattr(self, name)
+            _check(
+                size == -1 or size >= 1,
+                f'{name}={size}: expected a number of devices, or -1 for all that are left.',
+            )
         _check(
-            self.data == -1 or self.data >= 1,
-            f'data={self.data}: expected a number of devices, or -1 for all.',
+            (self.data, self.fsdp, self.tensor).count(-1) <= 1,
+            f'data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}: only one may be -1; set '
+            f'the others to numbers of devices.',
         )
 
 
@@ -408,6 +610,26 @@ def compared(*, num_iterations: int, **quant: Any) -> dict[str, Any]:
             'efficientdm', quant=quant, finetune={'num_iterations': num_iterations}
         ),
     }
+
+
+def at_widths(widths: str, *, num_iterations: int, **options: Any) -> dict[str, Any]:
+    """EfficientDM at widths such as 'w4a8', by that name; no student at all for ''.
+
+    Args:
+      widths: bits of weights and activations; the argument of a config file.
+      num_iterations: optimizer steps.
+      **options: more of FinetuneConfig.
+
+    Raises:
+      ValueError: other widths; see also `from_config_dict`.
+    """
+    if not widths:
+        return {}
+    match = re.fullmatch(r'w(\d+)a(\d+)', widths)
+    _check(match is not None, f"argument {widths!r} of the config file: expected e.g. 'w4a8'.")
+    bits = {'weight_bits': int(match[1]), 'activation_bits': int(match[2])}
+    finetune = {'num_iterations': num_iterations, **options}
+    return {widths: student('efficientdm', quant=bits, finetune=finetune)}
 
 
 def describe(config: Any) -> str:

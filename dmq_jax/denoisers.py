@@ -16,11 +16,12 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, Int, PyTree
 
+from dmq_jax import networks
 from dmq_jax.config import FLOAT_BITS, QuantConfig, SamplerConfig
-from dmq_jax.diffusion.samplers import Sampler, make_sampler
-from dmq_jax.diffusion.schedule import Schedule, sampling_timesteps
+from dmq_jax.diffusion.samplers import Sampler, make_spaced_sampler
+from dmq_jax.diffusion.schedule import Schedule
 from dmq_jax.methods.base import Bound, apply_fake, by_path, with_leaves, with_weights
-from dmq_jax.models.ddpm_unet import DDPMUNet
+from dmq_jax.networks import Network
 from dmq_jax.quant import plan as plan_lib
 from dmq_jax.quant.layers import integer, quantizable_layers
 from dmq_jax.quant.plan import LayerSpec, Plan, QuantizableLayer, Rule, full_rules, paper_rules
@@ -40,15 +41,33 @@ class DenoiserInfo:
     Attributes:
       schedule: noise schedule it was trained with.
       prediction: what it predicts, 'eps' or 'v'.
-      image_shape: (height, width, channels) of its images.
-      num_classes: classes it is conditioned on, labels 0..num_classes-1; None if unconditional.
-        Row num_classes of the network's class table, if there is one, is the null class.
+      image_shape: (height, width, channels) of its images, or of its latents.
+      num_classes: classes (or prompts) it is conditioned on, labels 0..num_classes-1; None if
+        unconditional. Row num_classes of the network's class table, if there is one, is the null
+        class.
+      learned_variance: the network puts out twice the channels: the prediction, then the variance
+        (arXiv:2102.09672, eq. 15).
+      is_latent: what it draws are latents, images only once they are decoded.
     """
 
     schedule: Schedule
     prediction: str
     image_shape: tuple[int, int, int]
     num_classes: int | None
+    learned_variance: bool = False
+    is_latent: bool = False
+
+
+class Decoder(NamedTuple):
+    """What makes images of latents.
+
+    Attributes:
+      network: an autoencoder, which knows how its latents are scaled.
+      params: of its decoding half.
+    """
+
+    network: Any
+    params: PyTree
 
 
 class Denoiser(NamedTuple):
@@ -59,16 +78,18 @@ class Denoiser(NamedTuple):
         each image or None.
       params: its parameters, any pytree.
       info: schedule, prediction type, image shape, classes.
-      network: the float Flax module underneath.
+      network: the float network underneath; see `networks`.
+      decoder: of its latents; None for one that draws images, or whose decoder is not at hand.
     """
 
     predict: Predict
     params: PyTree
     info: DenoiserInfo
     network: Any
+    decoder: Decoder | None = None
 
 
-def float_denoiser(network: DDPMUNet, params: PyTree, info: DenoiserInfo) -> Denoiser:
+def float_denoiser(network: Network, params: PyTree, info: DenoiserInfo) -> Denoiser:
     """The denoiser that simply applies `network`."""
 
     def predict(params, x, t, y=None):
@@ -77,28 +98,76 @@ def float_denoiser(network: DDPMUNet, params: PyTree, info: DenoiserInfo) -> Den
     return Denoiser(predict, params, info, network)
 
 
-def guided(predict: Predict, info: DenoiserInfo, guidance_scale: float) -> Predict:
-    """`predict` with classifier-free guidance (arXiv:2207.12598, eq. 6), as one doubled batch.
+def guided(
+    predict: Predict,
+    info: DenoiserInfo,
+    guidance_scale: float,
+    *,
+    keep_variance: bool = False,
+) -> Predict:
+    """What a sampler calls: `predict` with classifier-free guidance, as one doubled batch.
+
+    The equation is arXiv:2207.12598, eq. 6. Of a learnt variance, which guidance leaves alone, only
+    a sampler that uses it hears.
 
     Args:
-      predict: of a class-conditional denoiser.
+      predict: of a denoiser.
       info: says which class is the null class; `make_denoiser_sampler` checks that there is one.
       guidance_scale: weight s of `null + s (conditional - null)`; 1 leaves `predict` as it is.
+      keep_variance: the result has the channels of a learnt variance after those of the prediction.
     """
-    if guidance_scale == 1.0:
+    drops = info.learned_variance and not keep_variance
+    if guidance_scale == 1.0 and not drops:
         return predict
+    channels = info.image_shape[2]
 
     def predict_guided(params, x, t, y):
-        null = jnp.full_like(y, info.num_classes)
+        if guidance_scale == 1.0:
+            # A capturing network returns its features too, as they are.
+            output, *features = _with_features(predict(params, x, t, y))
+            return _joined(output[..., :channels], features)
         times = t if jnp.ndim(t) == 0 else jnp.concatenate([t, t])
-        both = predict(params, jnp.concatenate([x, x]), times, jnp.concatenate([null, y]))
-        # A capturing network returns its features too: those of both halves, as they are.
-        both, *features = both if isinstance(both, tuple) else (both,)
+        doubled = jax.tree.map(
+            lambda null, own: jnp.concatenate([null, own]), null_like(y, info), y
+        )
+        both, *features = _with_features(predict(params, jnp.concatenate([x, x]), times, doubled))
+        # The features are those of both halves.
         unconditional, conditional = jnp.split(both, 2)
+        if info.learned_variance:
+            variance = conditional[..., channels:]
+            unconditional, conditional = (
+                half[..., :channels] for half in (unconditional, conditional)
+            )
         prediction = unconditional + guidance_scale * (conditional - unconditional)
-        return (prediction, *features) if features else prediction
+        if info.learned_variance and keep_variance:
+            prediction = jnp.concatenate([prediction, variance], axis=-1)
+        return _joined(prediction, features)
 
     return predict_guided
+
+
+def null_like(y: PyTree, info: DenoiserInfo) -> PyTree:
+    """The condition of guidance's other half: the null class, and whatever else `y` holds.
+
+    Raises:
+      ValueError: a mapping without labels, of which nothing says what its null is.
+    """
+    if not isinstance(y, Mapping):
+        return jnp.full_like(y, info.num_classes)
+    if networks.LABEL not in y:
+        raise ValueError(
+            f'guidance of a condition with {", ".join(y)} alone: expected an entry '
+            f'{networks.LABEL!r}, whose null is class num_classes.'
+        )
+    return {**y, networks.LABEL: jnp.full_like(y[networks.LABEL], info.num_classes)}
+
+
+def _with_features(output: Any) -> tuple:
+    return output if isinstance(output, tuple) else (output,)
+
+
+def _joined(prediction: Array, features: list) -> Any:
+    return (prediction, *features) if features else prediction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,20 +208,27 @@ def make_denoiser_sampler(denoiser: Denoiser, config: SamplerConfig) -> Sampler:
     """The sampler that `config` describes, on the schedule of `denoiser`.
 
     Raises:
-      ValueError: guidance of a denoiser without a null class; see also
-        `diffusion.schedule.sampling_timesteps` and `diffusion.samplers.make_sampler`.
+      ValueError: guidance of a denoiser without a null class, a learnt variance of one without;
+        see also `diffusion.samplers.make_spaced_sampler`.
     """
     info = denoiser.info
     if config.guidance_scale != 1.0:
         _check_null_class(denoiser, config.guidance_scale)
-    timesteps = sampling_timesteps(info.schedule, config.num_steps, config.spacing)
-    return make_sampler(
-        config.name, info.schedule, timesteps, eta=config.eta, prediction=info.prediction
-    )
+    if config.variance == 'learned_range' and not info.learned_variance:
+        raise ValueError(
+            "sampler.variance='learned_range': this denoiser predicts no variance; expected "
+            "'fixed_small' or 'fixed_large'."
+        )
+    return make_spaced_sampler(
+        config.name, info.schedule, config.num_steps, prediction=info.prediction,
+        spacing=config.spacing, steps_offset=config.steps_offset, sections=config.sections,
+        eta=config.eta, variance=config.variance, clip_sample=config.clip_sample,
+        final_alpha=config.final_alpha, final_order=config.final_order,
+    )  # fmt: skip
 
 
 def _check_null_class(denoiser: Denoiser, guidance_scale: float) -> None:
-    num_classes, rows = denoiser.info.num_classes, denoiser.network.num_class_embeds
+    num_classes, rows = denoiser.info.num_classes, networks.class_rows(denoiser.network)
     if num_classes is None:
         raise ValueError(
             f'guidance_scale={guidance_scale}: this denoiser is unconditional; expected 1.0.'
@@ -165,30 +241,42 @@ def _check_null_class(denoiser: Denoiser, guidance_scale: float) -> None:
         )
 
 
-def network_settings(network: DDPMUNet) -> dict[str, Any]:
+def network_settings(network: Network) -> dict[str, Any]:
     """The attributes that rebuild `network`, as JSON values; the dtype is not one of them."""
-    names = [
-        f.name for f in dataclasses.fields(network) if f.name not in ('parent', 'name', 'dtype')
-    ]
-    return {name: getattr(network, name) for name in names}
+    return networks.to_settings(network)
 
 
-def make_network(settings: dict[str, Any]) -> DDPMUNet:
+def make_network(settings: dict[str, Any]) -> Network:
     """The network that `network_settings` described."""
-    return DDPMUNet(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+    return networks.from_settings(settings)
+
+
+def info_settings(info: DenoiserInfo) -> dict[str, Any]:
+    """`info` as JSON values, without the fields that have their defaults."""
+    settings = dataclasses.asdict(info)
+    for owner, values in ((info, settings), (info.schedule, settings['schedule'])):
+        for field in dataclasses.fields(owner):
+            if field.name not in _ALWAYS_WRITTEN and values[field.name] == field.default:
+                del values[field.name]
+    return settings
+
+
+# What the first release wrote whatever its value: the names of artefacts are digests of it.
+_ALWAYS_WRITTEN = ('kind', 'num_train_timesteps', 'beta_start', 'beta_end')
 
 
 def make_info(settings: dict[str, Any]) -> DenoiserInfo:
-    """The `DenoiserInfo` whose `dataclasses.asdict` is `settings`, possibly through JSON."""
+    """The `DenoiserInfo` that `info_settings` described, possibly through JSON."""
     return DenoiserInfo(
-        schedule=Schedule(**settings['schedule']),
-        prediction=settings['prediction'],
-        image_shape=tuple(settings['image_shape']),
-        num_classes=settings['num_classes'],
+        **{
+            **settings,
+            'schedule': Schedule(**settings['schedule']),
+            'image_shape': tuple(settings['image_shape']),
+        }
     )
 
 
-def init_params(network: DDPMUNet, info: DenoiserInfo, key: Array) -> PyTree:
+def init_params(network: Network, info: DenoiserInfo, key: Array) -> PyTree:
     """Random parameters of `network`."""
     x, t, y = example_inputs(info, batch_size=1)
     return jax.jit(network.init)(key, x, t, y)['params']
@@ -213,8 +301,31 @@ def quantizable(teacher: Denoiser) -> dict[str, QuantizableLayer]:
     return quantizable_layers(teacher.network.apply, teacher.params, x, t, y)
 
 
-def make_plan(layers: Mapping[str, QuantizableLayer], config: QuantConfig) -> dict[str, LayerSpec]:
+def paper_exempt(network: Network) -> tuple[str, ...]:
+    """Layers of a family that EfficientDM's code leaves in float, besides those of all families.
+
+    It quantizes linear layers and two-dimensional convolutions. Attention that looks at pixels
+    alone is made of one-dimensional ones in guided diffusion and in latent diffusion without a
+    context.
+    """
+    module = networks.unwrapped(network)
+    has_pixel_attention = networks.family(network) == 'adm' or (
+        networks.family(network) == 'ldm' and module.context_dim is None
+    )
+    return (r'.*/attention_\d+/(q|k|v|out)',) if has_pixel_attention else ()
+
+
+def make_plan(
+    layers: Mapping[str, QuantizableLayer],
+    config: QuantConfig,
+    network: Network | None = None,
+) -> dict[str, LayerSpec]:
     """The plan of a student: the rules of its config, then those of its coverage.
+
+    Args:
+      layers: every quantizable layer.
+      config: of the student.
+      network: whose layers they are; tells what its paper leaves in float.
 
     Raises:
       ValueError: see `quant.plan.make_plan`.
@@ -267,10 +378,22 @@ def make_plan(layers: Mapping[str, QuantizableLayer], config: QuantConfig) -> di
         )
         # First and last layers have too few channels to divide into groups.
         edge = spec(*edge_bits, None, edge=True)
-        rules += paper_rules(target, edge)
+        rules += paper_rules(target, edge, () if network is None else paper_exempt(network))
     elif config.coverage == 'full':
         rules += full_rules(target)
-    return plan_lib.make_plan(layers, rules)
+    plan = plan_lib.make_plan(layers, rules)
+    if config.softmax_bits is not None:
+        plan = {path: _with_softmax(path, spec, config.softmax_bits) for path, spec in plan.items()}
+    return plan
+
+
+def _with_softmax(path: str, spec: LayerSpec, bits: int) -> LayerSpec:
+    """The spec of a product `mix`, softmax times values, with a width for the softmax."""
+    if path.rpartition('/')[2] != 'mix' or spec.inputs is None:
+        return spec
+    # No value is negative, so the zero point of an unsigned grid is 0.
+    softmax = dataclasses.replace(spec.inputs, bits=bits, symmetric=False)
+    return dataclasses.replace(spec, lhs=softmax)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,7 +414,7 @@ class QuantizedPredict:
 
     def __call__(self, params: PyTree, x: Array, t: Array, y: Array | None = None) -> Array:
         """The prediction; `params` are those of `fake_params`, `training_params` or an export."""
-        rows = at_timestep(params['tables'], params['timesteps'], t, lookup=self.lookup)
+        rows = rows_at(params, t, self.lookup)
         plan = dict(self.plan)
         if self.mode == 'fake':
             weights = params.get('weights')
@@ -306,6 +429,22 @@ class QuantizedPredict:
             return self.network.apply(variables, x, t, y)
 
 
+def rows_at(params: PyTree, t: Array, lookup: str) -> dict[str, dict[str, Any]]:
+    """What a student's layers are quantized with at `t`: rows by path and role, and `channels`.
+
+    Args:
+      params: of a student.
+      t: a scalar, or one per image.
+      lookup: of the tables; see `at_timestep`. Factors of channels take the nearest row.
+    """
+    rows = dict(at_timestep(params['tables'], params['timesteps'], t, lookup=lookup))
+    if params.get('channels'):
+        channels = at_timestep(params['channels'], params['channel_timesteps'], t)
+        for path, factors in channels.items():
+            rows[path] = {**rows.get(path, {}), 'channels': factors}
+    return rows
+
+
 def fake_student(
     teacher: Denoiser, plan: Plan, bound: Bound, timesteps: Int[Array, 'S'], lookup: str
 ) -> Denoiser:
@@ -318,8 +457,7 @@ def fake_params(params: PyTree, bound: Bound, timesteps: Int[Array, 'S']) -> PyT
     """The parameters of a fake-quantized student; differentiable."""
     return {
         'params': with_weights(with_leaves(params, bound.params), bound.weights),
-        'tables': bound.tables,
-        'timesteps': jnp.asarray(timesteps, jnp.int32),
+        **time_tables(bound, timesteps),
     }
 
 
@@ -328,6 +466,16 @@ def training_params(params: PyTree, bound: Bound, timesteps: Int[Array, 'S']) ->
     return {
         'params': with_leaves(params, bound.params),
         'weights': bound.weights,
+        **time_tables(bound, timesteps),
+    }
+
+
+def time_tables(bound: Bound, timesteps: Int[Array, 'S']) -> dict[str, Any]:
+    """What `rows_at` looks up."""
+    of_channels = bound.channel_timesteps
+    return {
         'tables': bound.tables,
         'timesteps': jnp.asarray(timesteps, jnp.int32),
+        'channels': dict(bound.channels),
+        'channel_timesteps': jnp.zeros(1) if of_channels is None else jnp.asarray(of_channels),
     }

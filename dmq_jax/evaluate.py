@@ -188,7 +188,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog='python -m dmq_jax.evaluate',
         description='FID, sFID, IS, precision and recall by the protocol of guided-diffusion.',
-        epilog='REF and SAMPLES: an .npz with arr_0 (and mu, sigma, mu_s, sigma_s, which then win), '
+        epilog='REF and SAMPLES: an .npz with arr_0 (mu, sigma, mu_s, sigma_s, if there, win), '
         'a folder of PNG, JPEG or WebP images, a samples folder of a run, or tfds:NAME[:SPLIT].',
     )  # fmt: skip
     parser.add_argument('sets', nargs='+', metavar='REF SAMPLES', help='reference, then samples')

@@ -9,6 +9,7 @@ language reads, and as an orbax checkpoint.
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from dmq_jax import denoisers
 from dmq_jax.files.safetensors import open_safetensors
@@ -27,6 +28,7 @@ from dmq_jax.quant.tensor import QuantizedTensor, QuantSpec, dequantize, pack
 from dmq_jax.runtime import checkpoint, log
 
 FORMAT = 'dmq_jax.export.1'
+_DECODER = 'decoder.safetensors'
 
 
 class Exported(NamedTuple):
@@ -41,6 +43,9 @@ class Exported(NamedTuple):
       weights: packed kernels by path.
       tables: scales and zero points of the activations.
       params: everything left in float.
+      decoder: of its latents, in float; None for a network that draws images.
+      channels: factors of single channels by path; see `methods.base.Bound`.
+      channel_timesteps: of the rows of `channels`.
     """
 
     network: Any
@@ -51,6 +56,9 @@ class Exported(NamedTuple):
     weights: dict[str, QuantizedTensor]
     tables: Tables
     params: Any
+    decoder: denoisers.Decoder | None = None
+    channels: Mapping[str, Mapping[str, np.ndarray]] = {}
+    channel_timesteps: Float[np.ndarray, 'E'] | None = None
 
 
 def make(
@@ -90,6 +98,9 @@ def make(
         weights=weights,
         tables=tables,
         params=traverse_util.unflatten_dict(kept, sep='/'),
+        decoder=teacher.decoder,
+        channels=jax.tree.map(lambda a: np.asarray(a, np.float32), dict(bound.channels)),
+        channel_timesteps=bound.channel_timesteps,
     )
 
 
@@ -106,7 +117,13 @@ def denoiser(exported: Exported, mode: str = 'integer') -> denoisers.Denoiser:
     if mode not in ('integer', 'fake'):
         raise ValueError(f"mode={mode!r}: expected 'integer' or 'fake'.")
     tables = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), exported.tables)
-    params = {'tables': tables, 'timesteps': jnp.asarray(exported.timesteps)}
+    of_channels = exported.channel_timesteps
+    params = {
+        'tables': tables,
+        'timesteps': jnp.asarray(exported.timesteps),
+        'channels': jax.tree.map(jnp.asarray, dict(exported.channels)),
+        'channel_timesteps': jnp.zeros(1) if of_channels is None else jnp.asarray(of_channels),
+    }
     if mode == 'integer':
         params['params'] = jax.tree.map(jnp.asarray, exported.params)
         params['weights'] = {p: integer_weight(w) for p, w in exported.weights.items()}
@@ -117,11 +134,11 @@ def denoiser(exported: Exported, mode: str = 'integer') -> denoisers.Denoiser:
     predict = denoisers.QuantizedPredict(
         exported.network, tuple(exported.plan.items()), exported.lookup, mode
     )
-    return denoisers.Denoiser(predict, params, exported.info, exported.network)
+    return denoisers.Denoiser(predict, params, exported.info, exported.network, exported.decoder)
 
 
 def size_bytes(exported: Exported) -> int:
-    """Bytes of everything a run needs: codes, scales, zero points, tables, float parameters."""
+    """Bytes of codes, scales, zero points, tables, float parameters; of no decoder of latents."""
     tensors = _tensors(exported)
     return sum(a.nbytes for a in tensors.values())
 
@@ -141,6 +158,11 @@ def _tensors(exported: Exported) -> dict[str, np.ndarray]:
             tensors[f'tables/{path}/{role}/zero_point'] = np.asarray(table['zero_point']).astype(
                 np.uint8
             )
+    if exported.channel_timesteps is not None:
+        tensors['channel_timesteps'] = np.asarray(exported.channel_timesteps, np.float32)
+    for path, factors in exported.channels.items():
+        for end, factor in factors.items():
+            tensors[f'channels/{path}/{end}'] = np.asarray(factor)
     for name, leaf in traverse_util.flatten_dict(exported.params, sep='/').items():
         tensors[f'params/{name}'] = np.asarray(leaf, np.float32)
     return tensors
@@ -148,6 +170,8 @@ def _tensors(exported: Exported) -> dict[str, np.ndarray]:
 
 def save(path: str | os.PathLike, exported: Exported, facts: dict[str, Any] | None = None) -> None:
     """Writes `model.safetensors`, `orbax/` and `manifest.json` into the folder `path`.
+
+    The decoder of latents, where there is one, becomes `decoder.safetensors`.
 
     Args:
       path: a folder, made if absent.
@@ -161,10 +185,15 @@ def save(path: str | os.PathLike, exported: Exported, facts: dict[str, Any] | No
     tensors = {name: np.ascontiguousarray(a) for name, a in _tensors(exported).items()}
     save_file(tensors, path / 'model.safetensors', {'format': FORMAT})
     checkpoint.save_tree(path / 'orbax', traverse_util.unflatten_dict(tensors, sep='/'))
+    if exported.decoder is not None:
+        flat = traverse_util.flatten_dict(jax.device_get(exported.decoder.params), sep='/')
+        decoder = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
+        network = json.dumps(denoisers.network_settings(exported.decoder.network))
+        save_file(decoder, path / _DECODER, {'format': FORMAT, 'network': network})
     manifest = {
         'format': FORMAT,
         'network': denoisers.network_settings(exported.network),
-        'info': dataclasses.asdict(exported.info),
+        'info': denoisers.info_settings(exported.info),
         'lookup': exported.lookup,
         'plan': {p: dataclasses.asdict(spec) for p, spec in exported.plan.items()},
         'shapes': {p: list(w.shape) for p, w in exported.weights.items()},
@@ -176,6 +205,11 @@ def save(path: str | os.PathLike, exported: Exported, facts: dict[str, Any] | No
         'facts': facts or {},
     }
     log.write_json(path / 'manifest.json', manifest)
+
+
+def is_export(path: str | os.PathLike) -> bool:
+    """Whether `path` is a folder made by an export."""
+    return (Path(path) / 'manifest.json').is_file()
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
@@ -216,7 +250,7 @@ def load(path: str | os.PathLike) -> Exported:
                 f'no such tensor); the export is damaged, make it again.'
             )
     plan = {p: _layer_spec(spec) for p, spec in manifest['plan'].items()}
-    weights, tables, params = {}, {}, {}
+    weights, tables, params, channels = {}, {}, {}, {}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition('/')
         if kind == 'params':
@@ -224,6 +258,9 @@ def load(path: str | os.PathLike) -> Exported:
         elif kind == 'tables':
             layer, role, field = rest.rsplit('/', 2)
             tables.setdefault(layer, {}).setdefault(role, {})[field] = tensor
+        elif kind == 'channels':
+            layer, end = rest.rsplit('/', 1)
+            channels.setdefault(layer, {})[end] = tensor
     for layer, shape in manifest['shapes'].items():
         packed, scale = (tensors[f'weights/{layer}/{f}'] for f in ('packed', 'scale'))
         zero_point = tensors.get(f'weights/{layer}/zero_point', np.zeros(scale.shape, np.uint8))
@@ -239,12 +276,24 @@ def load(path: str | os.PathLike) -> Exported:
         weights=weights,
         tables=tables,
         params=traverse_util.unflatten_dict(params, sep='/'),
+        decoder=_load_decoder(path / _DECODER),
+        channels=channels,
+        channel_timesteps=tensors.get('channel_timesteps'),
     )
 
 
+def _load_decoder(file: Path) -> denoisers.Decoder | None:
+    if not file.is_file():
+        return None
+    tensors = open_safetensors(file)
+    network = denoisers.make_network(json.loads(tensors.metadata['network']))
+    return denoisers.Decoder(network, traverse_util.unflatten_dict(dict(tensors), sep='/'))
+
+
 def _layer_spec(settings: dict[str, Any]) -> LayerSpec:
+    # An export of an earlier release has no entry 'lhs'.
     specs = {
-        name: None if settings[name] is None else QuantSpec(**settings[name])
-        for name in ('weight', 'inputs')
+        name: None if settings.get(name) is None else QuantSpec(**settings[name])
+        for name in ('weight', 'inputs', 'lhs')
     }
     return LayerSpec(**(settings | specs))

@@ -151,7 +151,7 @@ def of_stream(
         return make()
     options = {'images': stream.fingerprint(), 'network': inception.network_id(network)}
     name = f'{options["images"][:16]}-{options["network"]}'
-    return artefacts.artefact(kept_in / name, options, lambda folder: _save(folder, make()), _load)
+    return artefacts.artefact(kept_in / name, options, make=make, save=_save, load=_load)
 
 
 def _save(folder: Path, features: SetFeatures) -> None:

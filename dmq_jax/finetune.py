@@ -25,12 +25,16 @@ from dmq_jax.diffusion import samplers
 from dmq_jax.methods.base import Method, Prediction, State
 from dmq_jax.quant.plan import Plan
 from dmq_jax.quant.rows import per_image
-from dmq_jax.runtime import log, mesh
+from dmq_jax.runtime import hosts, log, mesh
 from dmq_jax.runtime.checkpoint import Checkpoints
 from dmq_jax.runtime.progress import progress
 
 # What is split over the devices of a mesh, by path of the train state; first match wins.
-SHARDING_RULES = (('positions/.*', ('data',)), ('.*', ()))
+SHARDING_RULES = (
+    ('positions/.*', (mesh.BATCH,)),
+    ('(state|optimizer)/.*', mesh.Spread(largest='fsdp')),
+    ('.*', ()),
+)
 
 
 class Positions(NamedTuple):
@@ -202,8 +206,12 @@ def make_train_step(
     loss: Callable[..., tuple[Float[Array, ''], Array]],
     optimizer: optax.GradientTransformation,
     config: FinetuneConfig,
+    device_mesh: mesh.Mesh | None = None,
 ) -> Callable[..., tuple[TrainState, Float[Array, '']]]:
-    """The compiled step: (train state, float weights, sampler, key) -> (train state, loss)."""
+    """The compiled step: (train state, float weights, sampler, key) -> (train state, loss).
+
+    Its result lies on the devices of `device_mesh` as its argument does; see `SHARDING_RULES`.
+    """
     info = teacher.info
     # XLA of jax 0.10 orders operations for concurrency unless told, at twice the memory: 1.58 GB of
     # temporaries instead of 0.81 GB (loss and gradients, CIFAR-10 U-Net, batch 8). Later ones need
@@ -211,6 +219,11 @@ def make_train_step(
     options = None
     if jax.default_backend() == 'cpu' and jax.__version_info__ < (0, 11):
         options = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
+
+    def whole_loss(state, params, *inputs):
+        if device_mesh is not None:
+            state, params = mesh.whole(device_mesh, state), mesh.whole(device_mesh, params)
+        return loss(state, params, *inputs)
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
     def train_step(train, params, sampler, key):
@@ -220,7 +233,7 @@ def make_train_step(
         # On a common trajectory all images are at one timestep: scalar rows, less work.
         if config.positions == 'trajectory':
             t, gain = t[0], gain[0]
-        (value, target), gradients = jax.value_and_grad(loss, has_aux=True)(
+        (value, target), gradients = jax.value_and_grad(whole_loss, has_aux=True)(
             train.state, params, positions.carry.x, t, positions.labels, gain
         )
         # optax raises a float to its int32 step count, which strict promotion forbids.
@@ -228,7 +241,10 @@ def make_train_step(
             updates, optimizer_state = optimizer.update(gradients, train.optimizer, train.state)
         state = optax.apply_updates(train.state, updates)
         positions = advance(positions, target, sampler, info, key)
-        return TrainState(state, optimizer_state, positions, train.step + 1), value
+        train = TrainState(state, optimizer_state, positions, train.step + 1)
+        if device_mesh is not None:
+            train = mesh.constrain(train, mesh.shardings(device_mesh, train, SHARDING_RULES))
+        return train, value
 
     return train_step
 
@@ -259,18 +275,19 @@ def run(
       config: iterations, batch, trajectories.
       key: root key of the trajectories.
       workdir: receives checkpoints and `metrics.jsonl`.
-      device_mesh: batches are split over it, everything else is on every device.
+      device_mesh: batches are split over it, and what `SHARDING_RULES` names.
       description: shown beside the progress.
 
     Raises:
       FloatingPointError: the loss is not finite; names the step.
+      Interrupted: the run was asked to stop; a checkpoint is saved.
     """
     mesh.check_batch_size(device_mesh, config.batch_size, name='finetune.batch_size')
     sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
     optimizer = method.optimizer(state, make_decay(config))
     loss = make_loss(teacher, method, plan, timesteps, lookup, config)
-    train_step = make_train_step(teacher, loss, optimizer, config)
-    params = mesh.replicate(device_mesh, teacher.params)
+    train_step = make_train_step(teacher, loss, optimizer, config, device_mesh)
+    params = mesh.shard_weights(device_mesh, teacher.params)
 
     def start() -> TrainState:
         draw = jax.jit(functools.partial(start_positions, teacher, sampler, config))
@@ -286,7 +303,7 @@ def run(
             lambda train: train_step(train, params, sampler, key), train, spent_s, config,
             checkpoints=checkpoints, writer=writer, description=description,
         )  # fmt: skip
-    return Finetuned(jax.device_get(train.state), duration_s)
+    return Finetuned(mesh.fetch(device_mesh, train.state), duration_s)
 
 
 def restore_or_start(
@@ -302,18 +319,19 @@ def restore_or_start(
     Returns:
       The train state, and the seconds spent until then.
     """
-    latest = checkpoints.latest()
-    train = start() if latest is None else jax.eval_shape(start)
+    train = jax.eval_shape(start)
     placement = mesh.shardings(device_mesh, train, SHARDING_RULES)
-    if latest is None:
-        # A copy: the step donates its state, and leaves may be shared with the caller's or be the
-        # same array twice (moments that all start from one zero).
-        return jax.tree.map(jnp.copy, jax.device_put(train, placement)), 0.0
     like = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         train, placement,
     )  # fmt: skip
-    train, spent_s = checkpoints.restore(latest, like=(like, jnp.zeros(())))
+    restored = checkpoints.restore_latest(like=(like, np.zeros((), np.float32)))
+    if restored is None:
+        train = start()
+        # A copy: the step donates its state, and leaves may be shared with the caller's or be the
+        # same array twice (moments that all start from one zero).
+        return jax.tree.map(jnp.copy, mesh.place(train, placement)), 0.0
+    train, spent_s = restored
     return train, float(spent_s)
 
 
@@ -335,7 +353,10 @@ def _descend(
         train, value = train_step(train)
         losses.append(value)
         done = step + 1
-        is_saved = done == config.num_iterations or done % config.checkpoint_every == 0
+        is_stopped = done < config.num_iterations and hosts.stop_requested()
+        is_saved = (
+            is_stopped or done == config.num_iterations or done % config.checkpoint_every == 0
+        )
         if is_saved or done % config.log_every == 0:
             # Before a checkpoint too: one with a state of NaN could never be left again.
             mean = _checked_mean(losses, description, done, checkpoints.latest())
@@ -344,7 +365,10 @@ def _descend(
             losses = []
         if is_saved:
             now_s = spent_s + time.monotonic() - began
-            checkpoints.save(done, (train, jnp.asarray(now_s, jnp.float32)))
+            checkpoints.save(done, (train, np.asarray(now_s, np.float32)))
+        if is_stopped:
+            checkpoints.wait()
+            raise hosts.interrupted()
     return train, spent_s + time.monotonic() - began
 
 

@@ -7,6 +7,7 @@ folder already holds. `--dry-run` prints the resolved options and what would be 
 """
 
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,14 @@ from absl import flags
 from dmq_jax import command_line
 from dmq_jax.config import Config, describe
 
-_STAGES = flags.DEFINE_list('stages', None, 'Stages to run, comma-separated; all if not given.')
+_STAGES = flags.DEFINE_list(
+    'stages', None, 'Stages to run, comma-separated; all if not given. teacher: describe it.'
+)
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator', None, 'HOST:PORT of process 0, in a run of several; auto: jax asks the machine.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Processes of the run.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Which of them this is, from 0.')
 _DRY_RUN = flags.DEFINE_bool('dry-run', False, 'Print options and plan, then stop.')
 
 
@@ -31,9 +39,17 @@ def run(config: Config, workdir: Path | None) -> None:
     """
     # Imported late: it takes seconds, and --help and the checks before do not need it.
     from dmq_jax import pipeline
+    from dmq_jax.runtime import hosts
 
+    # Before anything that touches a device.
+    hosts.join(
+        hosts.find_cluster(
+            os.environ, coordinator=_COORDINATOR.value, num_processes=_NUM_PROCESSES.value,
+            process_id=_PROCESS_ID.value,
+        )
+    )  # fmt: skip
     stages = pipeline.STAGES if _STAGES.value is None else tuple(_STAGES.value)
-    check_stages(stages, pipeline.STAGES)
+    check_stages(stages, (*pipeline.STAGES, 'teacher'))
     if workdir is None:
         print(describe(config))
         pipeline.dry_run(config)

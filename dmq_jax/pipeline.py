@@ -6,8 +6,9 @@ workdir that are complete or absent, so a run killed at any moment goes on where
 
 import dataclasses
 import json
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import numpy as np
 from flax import traverse_util
 
 from dmq_jax import (
+    adapt,
     analysis,
     artefacts,
     calibrate,
@@ -24,19 +26,26 @@ from dmq_jax import (
     exporting,
     finetune,
     methods,
+    networks,
+    reconstruct,
     report,
     sampling,
     teachers,
 )
 from dmq_jax import config as config_lib
-from dmq_jax.config import Config, StudentConfig
+from dmq_jax.config import AdaptConfig, Config, StudentConfig
+from dmq_jax.files import images as images_lib
 from dmq_jax.quant import plan as plan_lib
-from dmq_jax.reporting import tables
-from dmq_jax.runtime import log, mesh
+from dmq_jax.reporting import charts, tables
+from dmq_jax.runtime import hosts, log, mesh, parts
 from dmq_jax.runtime.progress import progress
 
 STAGES = ('calibrate', 'finetune', 'export', 'sample', 'evaluate', 'analyse', 'report')
+# Besides them, on demand: what the teacher is.
+DESCRIBE = 'teacher'
 TEACHER = 'teacher'
+# Where the state lies that a stage of learning leaves.
+_LEARNT = {'reconstruct': 'reconstructed', 'finetune': 'state', 'adapt': 'adapted'}
 
 
 class Run(NamedTuple):
@@ -61,26 +70,30 @@ def run(config: Config, workdir: Path, stages: Sequence[str] = STAGES) -> None:
     Args:
       config: of the run.
       workdir: receives everything.
-      stages: some of `STAGES`; one whose input is not there makes that first.
+      stages: some of `STAGES`; one whose input is not there makes that first. Or `DESCRIBE`.
 
     Raises:
       ValueError: another process works in `workdir`, or it holds a run of other options.
     """
-    reference = evaluate.load_reference(config.evaluate)  # first: fails in a second, not in a day
+    # First: fails in a second, not in a day. Who evaluates nothing needs no reference.
+    reference = evaluate.load_reference(config.evaluate) if 'evaluate' in stages else None
     context = open_run(config, workdir, reference)
     with artefacts.sole_user(workdir):
         _run_stages(context, reference, stages)
 
 
-def _run_stages(context: Run, reference: evaluate.Reference, stages: Sequence[str]) -> None:
+def _run_stages(context: Run, reference: evaluate.Reference | None, stages: Sequence[str]) -> None:
     config, workdir = context.config, context.workdir
     # A run refused for its options must not replace the record of the one before it.
     if not (workdir / 'config.json').is_file():
         record(context)
+    if DESCRIBE in stages:
+        for line in describe(context):
+            print(line)
     if 'calibrate' in stages and config.students:
         calibration(context)
     for name in config.students:
-        if 'finetune' in stages and config.students[name].finetune.num_iterations:
+        if 'finetune' in stages and learns(config.students[name]):
             learn(context, name)
         if 'export' in stages:
             exported(context, name)
@@ -94,7 +107,7 @@ def _run_stages(context: Run, reference: evaluate.Reference, stages: Sequence[st
             analyse(context, name)
     record(context)
     if 'report' in stages:
-        report.run(workdir, config.report)
+        hosts.by_first(lambda: report.run(workdir, config.report))
         print(f'report: {workdir / "report.html"}')
 
 
@@ -107,9 +120,50 @@ def record(context: Run) -> None:
     )  # fmt: skip
 
 
-def open_run(config: Config, workdir: Path, reference: evaluate.Reference) -> Run:
+def describe(context: Run) -> list[str]:
+    """What the teacher is: network, parameters, process, condition."""
+    network, info = context.teacher.network, context.teacher.info
+    leaves = jax.tree.leaves(context.teacher.params)
+    size, memory = (sum(getattr(leaf, name) for leaf in leaves) for name in ('size', 'nbytes'))
+    schedule = info.schedule
+    return [
+        f'teacher: {context.config.teacher.path}',
+        f'  network: {networks.family(network)}, {size / 1e6:.2f} M parameters '
+        f'({memory / 1e6:.0f} MB), {len(context.layers)} layers that could be quantized',
+        f'  draws: {"latents" if info.is_latent else "images"} of {info.image_shape}'
+        + (', with their decoder' if context.teacher.decoder is not None else ''),
+        f'  condition: {"none" if info.num_classes is None else f"{info.num_classes} classes"}',
+        f'  process: {schedule.kind}, {schedule.num_train_timesteps} timesteps, predicts '
+        f'{info.prediction}' + (' and its variance' if info.learned_variance else ''),
+    ]
+
+
+def load_teacher(config: Config) -> denoisers.Denoiser:
+    """The teacher of a run, and the prompts that a text-conditional one is asked for.
+
+    Raises:
+      FileNotFoundError: no file of prompts; see also `teachers.load_teacher`.
+      ValueError: a file without a prompt; see also `teachers.load_teacher`.
+    """
+    options = dataclasses.asdict(config.teacher)
+    prompts = None
+    if config.sample.prompts is not None:
+        file = Path(config.sample.prompts)
+        if not file.is_file():
+            raise FileNotFoundError(
+                f'sample.prompts={config.sample.prompts!r}: no such file; expected a text file, '
+                f'one prompt a line.'
+            )
+        lines = file.read_text(encoding='utf-8').splitlines()
+        prompts = [line.strip() for line in lines if line.strip()]
+        if not prompts:
+            raise ValueError(f'sample.prompts={config.sample.prompts!r}: no prompt in this file.')
+    return teachers.load_teacher(options.pop('path'), prompts=prompts, **options)
+
+
+def open_run(config: Config, workdir: Path, reference: evaluate.Reference | None) -> Run:
     """Loads the teacher and resolves every plan; all that can fail cheaply fails here."""
-    device_mesh = mesh.make_mesh(config.mesh.data)
+    device_mesh = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     for name, student in config.students.items():
         if student.finetune.num_iterations:
             mesh.check_batch_size(
@@ -122,22 +176,39 @@ def open_run(config: Config, workdir: Path, reference: evaluate.Reference) -> Ru
             device_mesh, min(config.calibrate.batch_size, config.calibrate.num_images),
             name='calibrate.batch_size',
         )  # fmt: skip
-    teacher = teachers.load_teacher(config.teacher.path, config.teacher.num_classes)
-    evaluate.check(reference, teacher.info, config.sample.num_images)
+    teacher = load_teacher(config)
+    if reference is not None:
+        evaluate.check(reference, teacher.info, config.sample.num_images)
     layers = denoisers.quantizable(teacher)
-    plans = {n: denoisers.make_plan(layers, s.quant) for n, s in config.students.items()}
-    finetunes = [s.finetune for s in config.students.values() if s.finetune.num_iterations]
-    for sampler in (config.sampler, config.calibrate.sampler, *(f.sampler for f in finetunes)):
+    plans = {
+        name: denoisers.make_plan(layers, student.quant, teacher.network)
+        for name, student in config.students.items()
+    }
+    learning = [
+        stage
+        for student in config.students.values()
+        for stage in (student.reconstruct, student.finetune)
+        if stage.num_iterations
+    ]
+    for name, student in config.students.items():
+        if student.reconstruct.num_iterations:
+            reconstruct.check(methods.make(student.method, plans[name]))
+        if student.adapt.num_iterations:
+            read_images(teacher.info, student.adapt)
+    for sampler in (config.sampler, config.calibrate.sampler, *(s.sampler for s in learning)):
         denoisers.make_denoiser_sampler(teacher, sampler)
     return Run(config, workdir, teacher, layers, plans, device_mesh, teacher_id(teacher))
 
 
 def teacher_id(teacher: denoisers.Denoiser) -> str:
     """Names a teacher by what it is rather than by its path, behind which files may change."""
-    return artefacts.digest(
-        traverse_util.flatten_dict(jax.device_get(teacher.params), sep='/'),
-        [denoisers.network_settings(teacher.network), dataclasses.asdict(teacher.info)],
-    )
+    params = traverse_util.flatten_dict(jax.device_get(teacher.params), sep='/')
+    settings = [denoisers.network_settings(teacher.network), denoisers.info_settings(teacher.info)]
+    if teacher.decoder is not None:
+        decoder = traverse_util.flatten_dict(jax.device_get(teacher.decoder.params), sep='/')
+        params |= {f'decoder/{name}': leaf for name, leaf in decoder.items()}
+        settings.append(denoisers.network_settings(teacher.decoder.network))
+    return artefacts.digest(params, settings)
 
 
 def dry_run(config: Config) -> None:
@@ -157,19 +228,19 @@ def calibration(context: Run) -> calibrate.Calibration:
         path: plan_lib.LayerSpec(weight=None, inputs=denoisers.OBSERVED) for path in context.layers
     }
 
-    def make(path: Path) -> None:
-        result = calibrate.run(
+    def make() -> calibrate.Calibration:
+        return calibrate.run(
             context.teacher, observed, config,
             key=context.key('calibrate'), device_mesh=context.device_mesh,
         )  # fmt: skip
-        calibrate.save(path / 'stats.npz', result)
 
     return artefacts.artefact(
         context.workdir / 'calibration',
         {'calibrate': config_lib.to_dict(config), 'teacher': context.teacher_id,
          'seed': context.config.seed},
-        make,
-        lambda path: calibrate.load(path / 'stats.npz'),
+        make=make,
+        save=lambda path, result: calibrate.save(path / 'stats.npz', result),
+        load=lambda path: calibrate.load(path / 'stats.npz'),
     )  # fmt: skip
 
 
@@ -178,36 +249,97 @@ def student_folder(context: Run, name: str) -> Path:
     return context.workdir / 'students' / name
 
 
+def make_method(context: Run, name: str) -> methods.Method:
+    """The student's method."""
+    return methods.make(
+        context.config.students[name].method,
+        context.plans[name],
+        context.teacher.info.schedule.num_train_timesteps,
+    )
+
+
+def learns(student: StudentConfig) -> bool:
+    """Whether anything is learnt beyond calibration."""
+    stages = student.reconstruct, student.finetune, student.adapt
+    return any(stage.num_iterations for stage in stages)
+
+
 def learn(context: Run, name: str) -> tuple[methods.Method, dict[str, Any], float]:
-    """The student's method, its learnt state, and the seconds of fine-tuning."""
+    """The student's method, its learnt state, and the seconds of learning."""
     student = context.config.students[name]
     stats = calibration(context)
-    method = methods.make(student.method, context.plans[name])
+    method = make_method(context, name)
     # The same key for all: students that differ in one option start from the same numbers.
     key = context.key('finetune')
     inputs = context.teacher.params, stats.stats, key
-    if student.finetune.num_iterations == 0:
-        return method, jax.jit(method.init)(*inputs), 0.0
+    state, duration_s = jax.jit(method.init)(*inputs), 0.0
     folder, options = student_folder(context, name), student_options(context, student)
+    shared = context.plans[name], stats.timesteps, student.quant.timestep_lookup
 
-    def make(path: Path) -> None:
-        # Checkpoints outlive the artefact they lead to, and so need a mark of their own.
-        artefacts.claim(folder / 'finetune', options)
-        result = finetune.run(
-            context.teacher, method, jax.jit(method.init)(*inputs), context.plans[name],
-            stats.timesteps, student.quant.timestep_lookup, student.finetune,
+    def learnt(stage: str, run: Callable[[], Any]) -> tuple[dict[str, Any], float]:
+        """The state after a stage that is resumed where it was."""
+
+        def make() -> Any:
+            # Checkpoints outlive the artefact they lead to, and so need a mark of their own.
+            artefacts.claim(folder / stage, options)
+            return run()
+
+        result = artefacts.artefact(
+            folder / _LEARNT[stage],
+            options,
+            make=make,
+            save=lambda path, result: finetune.save(path / 'state.safetensors', result),
+            load=lambda path: finetune.load(
+                path / 'state.safetensors', jax.eval_shape(method.init, *inputs)
+            ),
+        )
+        return result.state, duration_s + result.duration_s
+
+    if student.reconstruct.num_iterations:
+        state, duration_s = learnt('reconstruct', lambda: reconstruct.run(
+            context.teacher, method, state, *shared, student.reconstruct,
+            key=jax.random.fold_in(key, 2), workdir=folder / 'reconstruct',
+            description=f'reconstruct {name}',
+        ))  # fmt: skip
+    if student.finetune.num_iterations:
+        state, duration_s = learnt('finetune', lambda: finetune.run(
+            context.teacher, method, state, *shared, student.finetune,
             key=jax.random.fold_in(key, 1), workdir=folder / 'finetune',
             device_mesh=context.device_mesh, description=f'finetune {name}',
-        )  # fmt: skip
-        finetune.save(path / 'state.safetensors', result)
+        ))  # fmt: skip
+    if student.adapt.num_iterations:
+        state, duration_s = learnt('adapt', lambda: adapt.run(
+            context.teacher, method, state, *shared, student.adapt,
+            **read_images(context.teacher.info, student.adapt),
+            key=jax.random.fold_in(key, 3), workdir=folder / 'adapt',
+            device_mesh=context.device_mesh, description=f'adapt {name}',
+        ))  # fmt: skip
+    return method, state, duration_s
 
-    result = artefacts.artefact(
-        folder / 'state', options, make,
-        lambda path: finetune.load(
-            path / 'state.safetensors', jax.eval_shape(method.init, *inputs)
-        ),
-    )  # fmt: skip
-    return method, result.state, result.duration_s
+
+def read_images(info: denoisers.DenoiserInfo, config: AdaptConfig) -> dict[str, Any]:
+    """The user's `images` in [-1, 1], as large as the teacher's, and their `labels`.
+
+    Raises:
+      ValueError: images or classes that the teacher cannot have, or a teacher of latents.
+    """
+    found = images_lib.load_images(config.images)
+    height, width, channels = info.image_shape
+    if info.is_latent or found.images.shape[-1] != channels or height != width:
+        raise ValueError(
+            f'adapt.images={config.images!r}: images of {found.images.shape[-1]} channels; '
+            f'expected {channels}, for a teacher that draws square images and no latents.'
+        )
+    labels = found.labels
+    if info.num_classes is not None and labels is None:
+        labels = np.full(len(found.images), config.label, np.int32)
+    if info.num_classes is not None and not 0 <= labels.min() <= labels.max() < info.num_classes:
+        raise ValueError(
+            f'adapt: classes {labels.min()} to {labels.max()}; expected 0 to '
+            f'{info.num_classes - 1}, those of the teacher.'
+        )
+    padded = np.asarray(sampling.to_float(images_lib.pad_images(found.images, height)))
+    return {'images': padded, 'labels': None if info.num_classes is None else labels}
 
 
 def student_options(context: Run, student: StudentConfig) -> dict[str, Any]:
@@ -215,9 +347,17 @@ def student_options(context: Run, student: StudentConfig) -> dict[str, Any]:
     options = config_lib.to_dict(student)
     for name in ('checkpoint_every', 'log_every', 'max_to_keep'):
         del options['finetune'][name]
+    for name in ('checkpoint_every', 'log_every'):
+        del options['adapt'][name]
+    images = None
+    if student.adapt.num_iterations:
+        # By what they are: files behind a path may change.
+        found = images_lib.load_images(student.adapt.images)._asdict()
+        images = artefacts.digest({n: array for n, array in found.items() if array is not None})
     return {
         'student': options,
         'calibration': artefacts.fingerprint(context.workdir / 'calibration'),
+        'images': images,
     }
 
 
@@ -226,7 +366,7 @@ def exported(context: Run, name: str) -> exporting.Exported:
     student = context.config.students[name]
     calibration(context)
 
-    def make(path: Path) -> None:
+    def make() -> tuple[exporting.Exported, float]:
         stats = calibration(context)
         method, state, duration_s = learn(context, name)
         bound = jax.jit(method.bind)(context.teacher.params, state)
@@ -234,11 +374,15 @@ def exported(context: Run, name: str) -> exporting.Exported:
             context.teacher, context.plans[name], bound, stats.timesteps,
             student.quant.timestep_lookup,
         )  # fmt: skip
+        return model, duration_s
+
+    def save(path: Path, made: tuple[exporting.Exported, float]) -> None:
+        model, duration_s = made
         exporting.save(path, model, {'finetune_seconds': duration_s, 'method': student.method.name})
 
     return artefacts.artefact(
-        student_folder(context, name) / 'export', student_options(context, student), make,
-        exporting.load,
+        student_folder(context, name) / 'export', student_options(context, student), make=make,
+        save=save, load=exporting.load,
     )  # fmt: skip
 
 
@@ -254,22 +398,34 @@ def samples(context: Run, name: str) -> dict[str, np.ndarray]:
         options |= {'mode': config.sample.mode}
         options['export'] = artefacts.fingerprint(student_folder(context, name) / 'export')
 
-    def make(path: Path) -> None:
+    folder = context.workdir / 'samples' / name
+    growing = folder.with_name(f'{name}.parts')
+
+    def make() -> dict[str, np.ndarray]:
         if name == TEACHER:
             denoiser = context.teacher
         else:
             denoiser = exporting.denoiser(exported(context, name), config.sample.mode)
-        drawn = draw(context, denoiser, f'sample {name}')
-        np.savez_compressed(path / 'images.npz', **drawn)
+        artefacts.claim(growing, options)
+        return draw(context, denoiser, f'sample {name}', growing)
+
+    def save(path: Path, drawn: dict[str, np.ndarray]) -> None:
+        drawn = {'arr_0': parts.merge(growing, config.sample.num_images), **drawn}
+        # ADM's layout: the images, and beside them the labels of a class-conditional network.
+        labels = {'arr_1': drawn['labels'].astype(np.int64)} if drawn['labels'].size else {}
+        np.savez_compressed(path / 'images.npz', **drawn, **labels)
         count = min(config.report.grid_size**2, config.sample.num_images)
         grid = sampling.image_grid(drawn['arr_0'][:count], columns=config.report.grid_size)
+        (path / 'grid.png').write_bytes(charts.encode_png(grid))
         with log.make_writer(path) as writer:
             writer.write_images(0, {f'{name}/samples': grid})
 
-    return artefacts.artefact(
-        context.workdir / 'samples' / name, options, make,
-        lambda path: read_arrays(path / 'images.npz'),
+    drawn = artefacts.artefact(
+        folder, options, make=make, save=save,
+        load=lambda path: read_arrays(path / 'images.npz'),
     )  # fmt: skip
+    hosts.by_first(lambda: shutil.rmtree(growing, ignore_errors=True))
+    return drawn
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -278,24 +434,47 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def draw(context: Run, denoiser: denoisers.Denoiser, description: str) -> dict[str, np.ndarray]:
-    """`arr_0`, all images; their `labels`; `images_per_second` after the first, compiling batch."""
+def draw(
+    context: Run, denoiser: denoisers.Denoiser, description: str, folder: Path
+) -> dict[str, np.ndarray]:
+    """Draws what is missing in `folder`, every process its share, see `runtime.parts`.
+
+    Args:
+      context: of the run.
+      denoiser: teacher or student.
+      description: shown beside the progress.
+      folder: receives the images.
+
+    Returns:
+      `labels` of all images; `images_per_second` after the first, compiling batch.
+
+    Raises:
+      Interrupted: the run was asked to stop.
+    """
     config = context.config
-    labels = denoisers.balanced_labels(config.sample.num_images, denoiser.info.num_classes)
+    num_images, batch_size = config.sample.num_images, config.sample.batch_size
+    labels = denoisers.balanced_labels(num_images, denoiser.info.num_classes)
+    start = hosts.by_first(lambda: parts.first_missing(folder, num_images))
     batches = sampling.batches(
-        denoiser, config.sampler, labels=labels, num_images=config.sample.num_images,
-        key=context.key('sample'), batch_size=config.sample.batch_size,
+        denoiser, config.sampler, labels=labels, num_images=num_images,
+        key=context.key('sample'), batch_size=batch_size, start=start,
         device_mesh=context.device_mesh,
     )  # fmt: skip
-    count = -(-config.sample.num_images // config.sample.batch_size)
-    images, times = [], [time.monotonic()]
-    for batch in progress(batches, description, total=count):
-        images.append(batch.images)
-        times.append(time.monotonic())
-    # One batch alone cannot tell compiling from sampling.
-    rates = [len(i) / s for i, s in zip(images, np.diff(times), strict=True)][1:]
+    begins = range(start, num_images, batch_size)
+    done = start // batch_size
+    rates, last = [], time.monotonic()
+    for begin, batch in zip(
+        begins, progress(batches, description, total=done + len(begins), start=done), strict=True
+    ):
+        now = time.monotonic()
+        rates.append(min(batch_size, num_images - begin) / (now - last))
+        last = now
+        parts.write(folder, batch.indices, batch.images)
+        if hosts.stop_requested():
+            raise hosts.interrupted()
+    hosts.wait_for_all()
+    rates = rates[1:]  # one batch alone cannot tell compiling from sampling
     return {
-        'arr_0': np.concatenate(images),
         'labels': np.zeros(0, np.int32) if labels is None else labels,
         'images_per_second': np.asarray(np.median(rates) if rates else np.nan),
     }
@@ -340,19 +519,19 @@ def analyse(context: Run, name: str) -> dict[str, Any]:
     """Where the error of a student sits: see `analysis.run`."""
     model = exported(context, name)
 
-    def make(path: Path) -> None:
-        result = analysis.run(
+    def make() -> dict[str, Any]:
+        return analysis.run(
             context.teacher, exporting.denoiser(model, 'fake'), context.config.sampler,
             key=context.key('analyse'), description=f'analyse {name}',
         )  # fmt: skip
-        log.write_json(path / 'analysis.json', result)
 
     return artefacts.artefact(
         student_folder(context, name) / 'analysis',
         {'export': artefacts.fingerprint(student_folder(context, name) / 'export'),
          'sampler': config_lib.to_dict(context.config.sampler), 'seed': context.config.seed},
-        make,
-        lambda path: json.loads((path / 'analysis.json').read_text()),
+        make=make,
+        save=lambda path, result: log.write_json(path / 'analysis.json', result),
+        load=lambda path: json.loads((path / 'analysis.json').read_text()),
     )  # fmt: skip
 
 

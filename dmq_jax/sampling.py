@@ -7,7 +7,7 @@ of devices, not on how often the run was interrupted. The only place that conver
 
 import functools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,10 @@ from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 from dmq_jax import denoisers
 from dmq_jax.config import SamplerConfig
 from dmq_jax.diffusion import samplers
+from dmq_jax.models import autoencoder
 from dmq_jax.runtime import mesh
+
+_DECODED_AT_ONCE = 8
 
 
 class Batch(NamedTuple):
@@ -55,14 +58,42 @@ def sample_batch(
     labels: Int[Array, 'B'] | None,
 ) -> UInt8[Array, 'B H W C']:
     """Images of one batch: a single compiled program, whatever the timesteps."""
-    guided = denoisers.guided(predict, info, guidance_scale)
+    return to_uint8(_sample(predict, info, guidance_scale, params, sampler, keys, labels))
+
+
+def _sample(predict, info, guidance_scale, params, sampler, keys, labels):
+    guided = denoisers.guided(predict, info, guidance_scale, keep_variance=sampler.learns_variance)
 
     def visit(x, t):
         return guided(params, x, t, labels), None
 
     x_T = samplers.initial_noise(keys, info.image_shape)
     x_0, _ = samplers.sample(visit, sampler, x_T, keys)
-    return to_uint8(x_0)
+    return x_0
+
+
+sample_latents = jax.jit(_sample, static_argnames=('predict', 'info', 'guidance_scale'))
+
+
+@functools.partial(jax.jit, static_argnames='network')
+def decode(
+    network: Any, params: PyTree, latents: Float[Array, 'B h w Z']
+) -> UInt8[Array, 'B H W C']:
+    """The images of the latents that a sampler ends at."""
+    latents = autoencoder.unscale_latents(network, latents)
+    return to_uint8(network.apply({'params': params}, latents, method='decode'))
+
+
+def _decoded(decoder: denoisers.Decoder, latents: Array) -> UInt8[np.ndarray, 'B H W C']:
+    count = len(latents)
+    # A few at a time: a decoder needs far more memory for an image than its denoiser.
+    size = min(_DECODED_AT_ONCE, count)
+    starts = range(0, count, size)
+    parts = [
+        np.asarray(decode(*decoder, latents[np.arange(start, start + size) % count]))
+        for start in starts
+    ]
+    return np.concatenate(parts)[:count]
 
 
 def batches(
@@ -86,12 +117,16 @@ def batches(
       key: root key of the images.
       batch_size: images per call; the last batch is filled up and cut, so one program serves all.
       start: index of the first image wanted.
-      device_mesh: splits every batch over its devices; None uses the default device.
+      device_mesh: splits every batch over its devices; None uses the default device. Of several
+        processes, each yields the images that its devices drew.
     """
+    check_decoder(denoiser)
     sampler = denoisers.make_denoiser_sampler(denoiser, config)
-    params = denoiser.params
+    params, decoder, predict = denoiser.params, denoiser.decoder, denoiser.predict
+    draw_batch = sample_batch if decoder is None else sample_latents
     if device_mesh is not None:
-        params = mesh.replicate(device_mesh, params)
+        params = mesh.shard_weights(device_mesh, params)
+        predict = mesh.on_whole(device_mesh, predict)
     for begin in range(start, num_images, batch_size):
         indices = np.arange(begin, min(begin + batch_size, num_images))
         padded = np.resize(indices, batch_size)
@@ -99,13 +134,14 @@ def batches(
         y = None if labels is None else jnp.asarray(labels[padded], jnp.int32)
         if device_mesh is not None:
             keys, y = mesh.shard_batch(device_mesh, (keys, y))
-        images = sample_batch(
-            denoiser.predict, denoiser.info, config.guidance_scale, params, sampler, keys, y
-        )
+        images = draw_batch(predict, denoiser.info, config.guidance_scale, params, sampler, keys, y)
+        rows, images = mesh.local_rows(images)
+        if decoder is not None:
+            images = _decoded(decoder, images)
+        wanted = rows < len(indices)
+        indices = indices[rows[wanted]]
         yield Batch(
-            indices,
-            np.asarray(images)[: len(indices)],
-            None if labels is None else labels[indices],
+            indices, np.asarray(images)[wanted], None if labels is None else labels[indices]
         )
 
 
@@ -124,6 +160,19 @@ def draw(
         denoiser, config, labels=labels, num_images=num_images, key=key, batch_size=batch_size
     )
     return np.concatenate([batch.images for batch in parts])
+
+
+def check_decoder(denoiser: denoisers.Denoiser) -> None:
+    """Refuses to draw images from a denoiser of latents whose decoder is not at hand.
+
+    Raises:
+      ValueError: it is not.
+    """
+    if denoiser.info.is_latent and denoiser.decoder is None:
+        raise ValueError(
+            'this teacher draws latents and its file has no decoder: name a diffusers folder with '
+            'a vae/ as teacher.components, e.g. that of the autoencoder it was trained with.'
+        )
 
 
 def image_grid(images: UInt8[np.ndarray, 'N H W C'], columns: int) -> UInt8[np.ndarray, 'h w C']:

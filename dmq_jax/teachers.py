@@ -1,40 +1,41 @@
-"""Files of float teachers: the bundled ones, our own format, and folders saved by diffusers.
+"""Float teachers: the bundled ones, our own format, and the checkpoints that people have.
 
-A teacher is read in whole or refused: a missing, left-over or misshapen tensor is an error.
+`load_teacher` takes a name, a file or a folder; what it holds is told by its content. A teacher is
+read in whole or refused: a missing, left-over or misshapen tensor is an error that names it. Files
+are mapped into memory, and every tensor is converted and placed on its device before the next one
+is read, so that loading takes little more memory than the teacher.
 """
 
-import dataclasses
+import difflib
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
 from dmq_jax import assets
+from dmq_jax.checkpoints import folders, opening, single
+from dmq_jax.checkpoints.options import Options
 from dmq_jax.denoisers import (
     Denoiser,
     DenoiserInfo,
     float_denoiser,
+    info_settings,
     init_params,
     make_info,
     make_network,
     network_settings,
 )
-from dmq_jax.diffusion.schedule import Schedule
-from dmq_jax.files.safetensors import open_safetensors
-from dmq_jax.models import ddpm_weights
-from dmq_jax.models.ddpm_unet import DDPMUNet
+from dmq_jax.files.safetensors import SafetensorsReader, open_safetensors
+from dmq_jax.networks import Network
 
 FORMAT = 'dmq_jax.teacher.1'
+_EXPORT = 'dmq_jax.export.1'
 _BUNDLED = 'teacher.safetensors'
-# The names that diffusers gives to the files of a model and of its scheduler.
-CONFIG = 'config.json'
-SCHEDULER_CONFIG = 'scheduler_config.json'
-DIFFUSERS_WEIGHTS = 'diffusion_pytorch_model.safetensors'
 
 
 def save_teacher(
@@ -44,7 +45,7 @@ def save_teacher(
 
     Args:
       path: the file; its folder must exist.
-      teacher: a denoiser whose network is a `DDPMUNet`.
+      teacher: a float denoiser; the decoder of one of latents is not written.
       metadata: facts about its training, JSON values.
     """
     from safetensors.numpy import save_file
@@ -59,133 +60,118 @@ def save_teacher(
         {
             'format': FORMAT,
             'network': json.dumps(network_settings(teacher.network)),
-            'info': json.dumps(dataclasses.asdict(teacher.info)),
+            'info': json.dumps(info_settings(teacher.info)),
             'training': json.dumps(metadata or {}),
         },
     )
 
 
-def load_teacher(path: str | os.PathLike, num_classes: int | None = None) -> Denoiser:
-    """A float teacher: a bundled name, a file written by `save_teacher`, or a diffusers folder.
+def load_teacher(
+    path: str | os.PathLike,
+    num_classes: int | None = None,
+    *,
+    kind: str = 'auto',
+    **options: Any,
+) -> Denoiser:
+    """A float teacher: a bundled name, a file of ours, or a checkpoint of another project.
 
-    A diffusers folder holds `config.json` (of a `UNet2DModel`) and its weights as safetensors, at
-    its root or in `unet/`, and `scheduler_config.json` at its root or in `scheduler/`. It does not
-    tell whether a row of its class table is the null class of guidance, so none is unless
-    `num_classes` says so.
+    Known are folders saved by diffusers (components in subfolders or at the root; safetensors,
+    sharded, .bin, variants such as fp16), state dicts of DDIM and of guided diffusion (ADM),
+    checkpoints of CompVis (latent diffusion, Stable Diffusion), and those of DiT and PixArt, as
+    safetensors or as torch.save wrote them. No torch is needed, and nothing in a file is run.
 
     Args:
       path: name, file or folder.
-      num_classes: classes of a diffusers folder. Row `num_classes` of its class table is then the
-        null class; None takes every row for a class, which leaves no null class. Our own files
-        know theirs: None, or the same number.
+      num_classes: classes of a diffusers folder of a U-Net. Row `num_classes` of its class table is
+        then the null class; None takes every row for a class, which leaves no null class. All
+        other files know theirs: None, or the same number.
+      kind: one of `checkpoints.opening.KINDS`; 'auto' tells it by the tensors.
+      **options: of `checkpoints.options.Options`: `settings` (what the file does not tell: a JSON
+        file or a published name), `components` (a diffusers folder with what it lacks), `ema`,
+        `dtype`, `prompts`, `negative_prompt`.
 
     Raises:
-      FileNotFoundError: no such bundled name, file or folder, or a folder that lacks a part.
-      ValueError: a file or folder that is not a teacher, settings without a counterpart here,
-        tensors that do not fit the network, or a number of classes that is not the teacher's.
+      FileNotFoundError: no such bundled name, file or folder, or a part that is missing.
+      ValueError: a file or folder that is not a teacher or not of this kind, settings without a
+        counterpart here, tensors that do not fit the network, or a number of classes that is not
+        the teacher's.
     """
+    chosen = Options(num_classes=num_classes, **options)
     file = assets.find(path, _BUNDLED)
+    if kind not in ('auto', *opening.KINDS):
+        raise ValueError(f'teacher.kind={kind!r}: expected auto, {", ".join(opening.KINDS)}.')
     if file.is_dir():
-        return _load_diffusers(file, num_classes)
+        return _load_folder(file, kind, chosen)
     if not file.is_file():
         raise FileNotFoundError(
             f'teacher.path={str(path)!r}: expected a bundled name '
             f'({", ".join(assets.names(_BUNDLED))}), a .safetensors file written by '
-            f'dmq_jax.train_teacher, or a diffusers folder.'
+            f'dmq_jax.train_teacher, a checkpoint (.ckpt, .pt, .pth, .safetensors), or a diffusers '
+            f'folder.'
         )
-    tensors = open_safetensors(file)
-    if tensors.metadata.get('format') != FORMAT:
+    if kind == 'dmq_jax' or (kind == 'auto' and _is_ours(file)):
+        return _load_ours(file, chosen)
+    tensors = opening.open_tensors(file, ema=chosen.ema)
+    if kind == 'auto':
+        kind = opening.recognise(tensors, file)
+    else:
+        opening.check_kind(kind, tensors, file)
+    if kind == 'diffusers':
+        # One component: its settings lie beside it, those of the process beside its folder.
+        nested = file.parent.name in ('unet', 'transformer')
+        return folders.load(file.parent.parent if nested else file.parent, chosen)
+    return single.load(kind, tensors, chosen)
+
+
+def _load_folder(folder: Path, kind: str, options: Options) -> Denoiser:
+    if (folder / 'manifest.json').is_file():
         raise ValueError(
-            f'{file}: format is {tensors.metadata.get("format")!r}, expected {FORMAT!r}.'
+            f'{folder}: a quantized network, not a float teacher; load it with dmq_jax.load.'
         )
+    if kind not in ('auto', 'diffusers'):
+        raise ValueError(
+            f'teacher.kind={kind!r}, but {folder} is a folder: expected a file, or kind '
+            f"'diffusers'."
+        )
+    return folders.load(folder, options)
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file says that we wrote it; so does one that lost its metadata, by its names."""
+    if file.suffix != '.safetensors':
+        return False
+    tensors = open_safetensors(file)
+    says_so = str(tensors.metadata.get('format')).startswith('dmq_jax.')
+    return says_so or any(name.endswith('/kernel') for name in tensors)
+
+
+def _load_ours(file: Path, options: Options) -> Denoiser:
+    tensors = open_safetensors(file)
+    found = tensors.metadata.get('format')
+    if found != FORMAT:
+        hint = '; load it with dmq_jax.load' if found == _EXPORT else ''
+        raise ValueError(f'{file}: format is {found!r}, expected {FORMAT!r}{hint}.')
     network = make_network(json.loads(tensors.metadata['network']))
     info = make_info(json.loads(tensors.metadata['info']))
-    if num_classes not in (None, info.num_classes):
+    if options.num_classes not in (None, info.num_classes):
         raise ValueError(
-            f'teacher.num_classes={num_classes}: {file} says that it has {info.num_classes}; '
-            f'expected None.'
+            f'teacher.num_classes={options.num_classes}: {file} says that it has '
+            f'{info.num_classes}; expected None.'
         )
     check_tensors(network, info, tensors, source=str(file))
-    params = {name: jnp.asarray(tensor, jnp.float32) for name, tensor in tensors.items()}
+    reading = options.reading()
+    params = {
+        name: reading['put'](name, tensors[name].astype(reading['dtype'])) for name in tensors
+    }
     return float_denoiser(network, traverse_util.unflatten_dict(params, sep='/'), info)
 
 
-def _load_diffusers(folder: Path, num_classes: int | None) -> Denoiser:
-    configs = {f.parent: json.loads(f.read_text()) for f in _present(folder, 'unet', CONFIG)}
-    models = [f for f, config in configs.items() if config.get('_class_name') == 'UNet2DModel']
-    schedulers = _present(folder, 'scheduler', SCHEDULER_CONFIG)
-    if not models or not schedulers:
-        wanted = f'{SCHEDULER_CONFIG} (there or in scheduler/)'
-        if not models:
-            wanted = f"{CONFIG} with '_class_name': 'UNet2DModel' (there or in unet/)"
-        raise FileNotFoundError(f'{folder}: no {wanted}; expected a folder saved by diffusers.')
-    weights = [models[0] / f'{DIFFUSERS_WEIGHTS}{end}' for end in ('', '.index.json')]
-    if not any(file.is_file() for file in weights):
-        raise FileNotFoundError(
-            f'{models[0]}: no {weights[0].name} or {weights[1].name}; save the model again with '
-            f'safe_serialization=True.'
-        )
-    config = configs[models[0]]
-    try:
-        network = ddpm_weights.network_from_diffusers(config)
-        schedule, prediction = _process_from_diffusers(json.loads(schedulers[0].read_text()))
-        tensors = open_safetensors(next(file for file in weights if file.is_file()))
-        params = ddpm_weights.params_from_diffusers(tensors, network)
-    except ValueError as error:
-        raise ValueError(f'{folder}: {error}') from error
-    size = config.get('sample_size')
-    if size is None or network.out_channels != network.in_channels:
-        raise ValueError(
-            f'{folder}: sample_size={size}, in_channels={network.in_channels}, '
-            f'out_channels={network.out_channels}: expected a size (add it to {CONFIG}) and as '
-            f'many channels out as in.'
-        )
-    rows = network.num_class_embeds or 0
-    if num_classes is not None and num_classes > rows:
-        raise ValueError(
-            f'teacher.num_classes={num_classes}: {folder} has a class table of {rows} rows; '
-            f'expected at most so many, or None.'
-        )
-    height, width = (size, size) if isinstance(size, int) else size
-    info = DenoiserInfo(
-        schedule=schedule,
-        prediction=prediction,
-        image_shape=(height, width, network.in_channels),
-        num_classes=network.num_class_embeds if num_classes is None else num_classes,
-    )
-    return float_denoiser(network, jax.tree.map(jnp.asarray, params), info)
-
-
-def _present(folder: Path, subfolder: str, name: str) -> list[Path]:
-    return [f for f in (folder / name, folder / subfolder / name) if f.is_file()]
-
-
-def _process_from_diffusers(settings: dict[str, Any]) -> tuple[Schedule, str]:
-    """Schedule and prediction type of a `scheduler_config.json`."""
-    kinds = {'linear': 'linear', 'scaled_linear': 'scaled_linear', 'squaredcos_cap_v2': 'cosine'}
-    predictions = {'epsilon': 'eps', 'v_prediction': 'v'}
-    # Files older than the setting are of models that predict eps.
-    prediction = settings.get('prediction_type', 'epsilon')
-    if settings.get('beta_schedule') not in kinds or prediction not in predictions:
-        raise ValueError(
-            f'{SCHEDULER_CONFIG}: beta_schedule={settings.get("beta_schedule")!r}, '
-            f'prediction_type={prediction!r}: expected one of {", ".join(kinds)}, and one of '
-            f'{", ".join(predictions)}.'
-        )
-    for name in ('trained_betas', 'rescale_betas_zero_snr'):
-        if settings.get(name):
-            raise ValueError(f'{SCHEDULER_CONFIG}: {name} is set, which is not supported.')
-    names = ('num_train_timesteps', 'beta_start', 'beta_end')
-    if absent := [name for name in names if name not in settings]:
-        raise ValueError(f'{SCHEDULER_CONFIG}: no {absent[0]}.')
-    schedule = Schedule(
-        kind=kinds[settings['beta_schedule']], **{name: settings[name] for name in names}
-    )
-    return schedule, predictions[prediction]
-
-
 def check_tensors(
-    network: DDPMUNet, info: DenoiserInfo, tensors: dict[str, Any], *, source: str
+    network: Network,
+    info: DenoiserInfo,
+    tensors: SafetensorsReader | Mapping[str, Any],
+    *,
+    source: str,
 ) -> None:
     """Refuses tensors that are not exactly the parameters of `network`.
 
@@ -194,14 +180,25 @@ def check_tensors(
     """
     expected = jax.eval_shape(lambda key: init_params(network, info, key), jax.random.key(0))
     expected = traverse_util.flatten_dict(expected, sep='/')
-    if missing := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f'{source}: {len(missing)} tensors missing, e.g. {missing[0]!r}.')
-    if left_over := sorted(tensors.keys() - expected.keys()):
+    missing = sorted(expected.keys() - tensors.keys())
+    left_over = sorted(tensors.keys() - expected.keys())
+    if missing:
         raise ValueError(
-            f'{source}: {len(left_over)} tensors unused, e.g. {left_over[0]!r}: other network?'
+            f'{source}: {len(missing)} tensors missing, e.g. {missing[0]!r}'
+            f'{_nearest(missing[0], left_over)}.'
+        )
+    if left_over:
+        raise ValueError(
+            f'{source}: {len(left_over)} tensors unused, e.g. {left_over[0]!r}'
+            f'{_nearest(left_over[0], expected)}: other network?'
         )
     for name, leaf in expected.items():
-        if tuple(tensors[name].shape) != leaf.shape:
-            raise ValueError(
-                f'{source}: {name!r} has shape {tuple(tensors[name].shape)}, expected {leaf.shape}.'
-            )
+        has_shapes = isinstance(tensors, SafetensorsReader)
+        shape = tensors.shape_of(name) if has_shapes else tuple(tensors[name].shape)
+        if shape != leaf.shape:
+            raise ValueError(f'{source}: {name!r} has shape {shape}, expected {leaf.shape}.')
+
+
+def _nearest(name: str, candidates: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, candidates, n=1)
+    return f' (nearest: {near[0]!r})' if near else ''

@@ -157,7 +157,7 @@ def train(config: config_lib.TrainTeacherConfig, dataset: ImageSet, workdir: Pat
     Raises:
       FloatingPointError: the loss is not finite; names the step.
     """
-    device_mesh = mesh.make_mesh(config.mesh.data)
+    device_mesh = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     mesh.check_batch_size(device_mesh, config.batch_size)
     denoiser = make_untrained(config, dataset.images.shape[-1])
     state = TrainState(

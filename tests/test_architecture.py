@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-STAGES = {'calibrate', 'finetune', 'exporting', 'sampling', 'evaluate', 'report'}
+STAGES = {'calibrate', 'reconstruct', 'finetune', 'adapt', 'exporting', 'sampling'}
+STAGES |= {'evaluate', 'report'}
 LIBRARIES = {'quant', 'methods', 'models', 'diffusion', 'metrics', 'runtime', 'files'}
 
 # What each part of dmq_jax may import, besides itself, config and the empty package.
@@ -24,24 +25,28 @@ ALLOWED = {
     'diffusion': set(),
     'runtime': set(),
     'assets': set(),
-    'denoisers': {'methods', 'quant', 'models', 'diffusion', 'kernels'},
-    'teachers': {'assets', 'denoisers', 'models', 'diffusion', 'files'},
+    'networks': {'models'},
+    'denoisers': {'methods', 'quant', 'networks', 'diffusion', 'kernels'},
+    'checkpoints': {'denoisers', 'diffusion', 'files', 'models', 'networks'},
+    'teachers': {'assets', 'checkpoints', 'denoisers', 'files', 'networks'},
     **{stage: {'denoisers', 'kernels'} | LIBRARIES for stage in STAGES},
     # It reads what these two wrote.
     'reporting': {'calibrate', 'exporting', 'denoisers', 'kernels'} | LIBRARIES,
     'report': {'reporting'},
+    'scale_sets': {'artefacts', 'exporting', 'denoisers', 'kernels'} | LIBRARIES,
+    'artefacts': {'runtime'},
+    'analysis': {'denoisers'} | LIBRARIES,
     'features': {'artefacts'} | LIBRARIES,
     'adm': {'features'} | LIBRARIES,
     # The stage is a command as well.
     'evaluate': {'adm', 'assets', 'command_line', 'denoisers'} | LIBRARIES,
-    'artefacts': {'runtime'},
-    'analysis': {'denoisers'} | LIBRARIES,
-    'pipeline': {'denoisers', 'teachers', 'artefacts', 'analysis', 'reporting'}
+    'pipeline': {'denoisers', 'networks', 'teachers', 'artefacts', 'analysis', 'reporting'}
     | STAGES
     | LIBRARIES,
     'command_line': set(),
     'api': {'artefacts', 'denoisers', 'teachers', 'kernels'} | STAGES | LIBRARIES,
-    'main': {'pipeline', 'command_line'},
+    'inspect': {'denoisers', 'exporting', 'networks', 'reporting', 'teachers'} | LIBRARIES,
+    'main': {'pipeline', 'command_line', 'runtime'},
     # Commands of their own, beside the pipeline.
     'train_teacher': {'artefacts', 'command_line', 'denoisers', 'sampling', 'teachers'}
     | {'train_classifier'}

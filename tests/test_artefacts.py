@@ -11,42 +11,48 @@ from dmq_jax import artefacts
 OPTIONS = {'bits': 4, 'sampler': {'num_steps': 20, 'eta': 0.0}, 'layers': ('a', 'b')}
 
 
-def write(path):
-    (path / 'value.txt').write_text('made')
+def write(path, value):
+    (path / 'value.txt').write_text(value)
 
 
 def read(path):
     return (path / 'value.txt').read_text()
 
 
-def refuse(path):
+def refuse():
     raise AssertionError('made again')
+
+
+def make(path, options, compute=lambda: 'made', save=write):
+    return artefacts.artefact(path, options, make=compute, save=save, load=read)
 
 
 def test_what_is_made_is_loaded_and_marked_complete(tmp_path):
     path = tmp_path / 'deep' / 'result'
     assert not artefacts.is_complete(path)
-    assert artefacts.artefact(path, OPTIONS, write, read) == 'made'
+    assert make(path, OPTIONS) == 'made'
     assert artefacts.is_complete(path)
     assert [p.name for p in path.parent.iterdir()] == ['result']
     assert json.loads((path / 'complete.json').read_text())['bits'] == 4
 
 
 def test_what_is_complete_is_not_made_again(tmp_path):
-    artefacts.artefact(tmp_path / 'result', OPTIONS, write, read)
+    make(tmp_path / 'result', OPTIONS)
     # Tuples become lists in JSON: that is no difference.
-    assert artefacts.artefact(tmp_path / 'result', OPTIONS | {'layers': ['a', 'b']}, refuse, read)
+    assert make(tmp_path / 'result', OPTIONS | {'layers': ['a', 'b']}, refuse)
 
 
 def test_a_maker_that_dies_leaves_nothing_to_load(tmp_path):
-    def die(path):
-        write(path)
+    def die(*arguments):
+        if arguments:
+            write(*arguments)
         raise KeyboardInterrupt
 
     path = tmp_path / 'result'
-    with pytest.raises(KeyboardInterrupt):
-        artefacts.artefact(path, OPTIONS, die, read)
-    assert not path.exists() and not artefacts.is_complete(path)
+    for how in {'compute': die}, {'save': die}:
+        with pytest.raises(KeyboardInterrupt):
+            make(path, OPTIONS, **how)
+        assert not path.exists() and not artefacts.is_complete(path)
 
 
 def test_what_a_dead_maker_left_does_not_leak_into_the_next(tmp_path):
@@ -57,7 +63,7 @@ def test_what_a_dead_maker_left_does_not_leak_into_the_next(tmp_path):
     # A folder without the mark is as good as none.
     path.mkdir()
     (path / 'old.txt').write_text('')
-    artefacts.artefact(path, OPTIONS, write, read)
+    make(path, OPTIONS)
     assert sorted(p.name for p in path.iterdir()) == ['complete.json', 'value.txt']
     assert not partial.exists()
 
@@ -76,10 +82,10 @@ def test_what_a_dead_maker_left_does_not_leak_into_the_next(tmp_path):
 )
 def test_other_options_are_refused_and_the_difference_named(tmp_path, options, text):
     path = tmp_path / 'result'
-    artefacts.artefact(path, OPTIONS, write, read)
+    make(path, OPTIONS)
     artefacts.claim(tmp_path / 'growing', OPTIONS)
     for attempt in (
-        lambda: artefacts.artefact(path, options, refuse, read),
+        lambda: make(path, options, refuse),
         lambda: artefacts.claim(tmp_path / 'growing', options),
     ):
         with pytest.raises(ValueError, match='was made with other options') as caught:
@@ -98,7 +104,7 @@ def test_a_claimed_folder_may_be_claimed_again_with_the_same_options(tmp_path):
 
 def test_fingerprints_differ_exactly_when_options_do(tmp_path):
     for name, options in (('a', OPTIONS), ('b', OPTIONS), ('c', OPTIONS | {'bits': 8})):
-        artefacts.artefact(tmp_path / name, options, write, read)
+        make(tmp_path / name, options)
     a, b, c = (artefacts.fingerprint(tmp_path / name) for name in 'abc')
     assert a == b != c
 

@@ -1,5 +1,7 @@
 """The distillation loop: its laws on a tiny network, and that devices and kills do not matter."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from dmq_jax.diffusion.schedule import Schedule
 from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import INPUT_ROLES
-from dmq_jax.runtime import log, mesh
+from dmq_jax.runtime import hosts, log, mesh
 
 # Devices sum their parts of the batch in another order.
 TOLERANCE = 1e-5
@@ -72,11 +74,11 @@ def make_step(problem, config):
     return step, jax.tree.map(jnp.copy, train), sampler
 
 
-def run(problem, config, workdir, *, data=1):
+def run(problem, config, workdir, *, data=1, fsdp=1):
     teacher, method, state, plan = problem
     return finetune.run(
         teacher, method, state, plan, TIMESTEPS, 'nearest', config,
-        key=jax.random.key(KEY_SEED), workdir=workdir, device_mesh=mesh.make_mesh(data),
+        key=jax.random.key(KEY_SEED), workdir=workdir, device_mesh=mesh.make_mesh(data, fsdp),
         description='test',
     )  # fmt: skip
 
@@ -260,3 +262,125 @@ def test_a_saved_state_loads_as_it_was_and_only_into_its_own_method(problem, tmp
     jax.tree.map(np.testing.assert_array_equal, loaded.state, state)
     with pytest.raises(ValueError, match='other tensors than this method has'):
         finetune.load(tmp_path / 'state.safetensors', like={'other': state})
+
+
+@pytest.mark.slow  # three compilations of the whole loop
+def test_a_run_that_is_asked_to_stop_goes_on_elsewhere_with_the_same_losses(
+    problem, tmp_path, monkeypatch
+):
+    config = make_config(checkpoint_every=4)
+    run(problem, config, tmp_path / 'undisturbed', data=8)
+    answers = iter([False, False, True])
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts, 'stop_requested', lambda: next(answers))
+        with pytest.raises(SystemExit) as stopped:
+            run(problem, config, tmp_path / 'moved', data=8)
+    assert stopped.value.code == hosts.REQUEUE == 75
+    # The checkpoint of 8 devices, on 2, and split over them in another way.
+    run(problem, config, tmp_path / 'moved', data=1, fsdp=2)
+    lines = [log.read_metrics(tmp_path / name) for name in ('undisturbed', 'moved')]
+    assert [line['step'] for line in lines[0]] == [line['step'] for line in lines[1]]
+    losses = np.array([[line['loss'] for line in run] for run in lines])
+    # Adam turns the rounding of a tiny gradient into a step of the size of the learning rate.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+
+
+_BYTES = {'f32': 4, 's32': 4, 'u32': 4, 'pred': 1, 's8': 1, 'u8': 1, 'bf16': 2}
+
+
+def collectives(compiled):
+    """(kind, bytes of the result) of everything that devices tell one another."""
+    found = []
+    kinds = 'all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute'
+    for shape, kind in re.findall(rf'= (.*?) ({kinds})(?:-start)?\(', compiled.as_text()):
+        size = sum(
+            _BYTES[dtype] * int(np.prod([int(n) for n in dims.split(',') if n]))
+            for dtype, dims in re.findall(r'(\w+)\[([\d,]*)\]', shape)
+        )
+        found.append((kind, size))
+    return found
+
+
+def compile_step(problem, **sizes):
+    """(compiled step, train state, weights) on a mesh of these sizes."""
+    teacher, method, state, plan = problem
+    config, device_mesh = make_config(), mesh.make_mesh(**sizes)
+    sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
+    optimizer = method.optimizer(state, finetune.make_decay(config))
+    loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', config)
+    step = finetune.make_train_step(teacher, loss, optimizer, config, device_mesh)
+    key = jax.random.key(KEY_SEED)
+    positions = finetune.start_positions(teacher, sampler, config, teacher.params, key)
+    train = finetune.TrainState(state, optimizer.init(state), positions, jnp.zeros((), jnp.int32))
+    train = mesh.place(train, mesh.shardings(device_mesh, train, finetune.SHARDING_RULES))
+    params = mesh.shard_weights(device_mesh, teacher.params)
+    return step.lower(train, params, sampler, key).compile(), train, params
+
+
+def size_in_bytes(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def local_bytes(tree):
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+@pytest.fixture(scope='module')
+def batch_split(problem):
+    """The step on four devices that split the batch alone."""
+    return compile_step(problem, data=4)
+
+
+def test_devices_that_split_the_batch_tell_one_another_gradients_and_nothing_else(batch_split):
+    compiled, train, params = batch_split
+    found = collectives(compiled)
+    assert {kind for kind, _ in found} == {'all-reduce'}
+    # Gradients of the state once, those of low-rank updates as the kernels' that they come from;
+    # besides them the loss.
+    most = size_in_bytes(train.state) + size_in_bytes(params) + 64
+    assert sum(size for _, size in found) <= most
+
+
+def test_fsdp_divides_weights_and_optimizer_state_and_gathers_only_them(problem, batch_split):
+    whole, _, params = batch_split
+    split, split_train, split_params = compile_step(problem, data=1, fsdp=4)
+    saved = sum(
+        size_in_bytes(tree) - local_bytes(tree)
+        for tree in (split_params, split_train.state, split_train.optimizer)
+    )
+    assert local_bytes(split_params) < 0.5 * local_bytes(params)
+    arguments = [step.memory_analysis().argument_size_in_bytes for step in (whole, split)]
+    # What XLA takes for the step itself falls by what each device no longer holds.
+    assert arguments[0] - arguments[1] == pytest.approx(saved, rel=0.05)
+    gathered = [size for kind, size in collectives(split) if kind == 'all-gather']
+    can_be = size_in_bytes(split_params) + size_in_bytes(split_train.state)
+    # Teacher and student use the same gathered weights: no weight travels twice.
+    assert 0 < sum(gathered) <= can_be
+    others = {kind for kind, _ in collectives(split)} - {'all-gather', 'all-reduce'}
+    assert others <= {'reduce-scatter'}, others
+
+
+@pytest.mark.parametrize('sizes', [(2, 2, 2), pytest.param((2, 4, 1), marks=pytest.mark.slow)])
+def test_loss_and_gradients_do_not_depend_on_how_weights_are_split(problem, sizes):
+    teacher, method, state, plan = problem
+    loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', make_config())
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((8, *INFO.image_shape)).astype(np.float32)
+    t, y = np.arange(8, dtype=np.int32) * 12, np.arange(8, dtype=np.int32) % 3
+    gain = np.linspace(0.5, 2.0, 8, dtype=np.float32)
+    results = []
+    for shape in ((1, 1, 1), sizes):
+        device_mesh = mesh.make_mesh(*shape)
+
+        def on_mesh(state, params, *batch, device_mesh=device_mesh):
+            state, params = mesh.whole(device_mesh, state), mesh.whole(device_mesh, params)
+            return loss(state, params, *batch)
+
+        weights = mesh.shard_weights(device_mesh, (state, teacher.params))
+        batch = mesh.shard_batch(device_mesh, (x, t, y, gain))
+        (value, _), gradients = jax.jit(jax.value_and_grad(on_mesh, has_aux=True))(*weights, *batch)
+        results.append((float(value), jax.device_get(gradients)))
+    (one, gradients_one), (many, gradients_many) = results
+    assert abs(one - many) < TOLERANCE * abs(one)
+    gap = norm(jax.tree.map(np.subtract, gradients_many, gradients_one)) / norm(gradients_one)
+    assert gap < TOLERANCE, f'{gap:.1e}'

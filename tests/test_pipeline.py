@@ -1,5 +1,6 @@
 """The whole story on a tiny teacher: what every stage leaves, and that it survives being killed."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -18,7 +19,7 @@ from dmq_jax import artefacts, calibrate, command_line, denoisers, exporting, pi
 from dmq_jax import config as config_lib
 from dmq_jax.denoisers import float_denoiser
 from dmq_jax.models.ddpm_unet import DDPMUNet
-from dmq_jax.runtime import log
+from dmq_jax.runtime import hosts, log
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -289,6 +290,32 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config_file,
         pipeline.run(config, tmp_path, ['finetune'])
     assert command_line._is_users(caught.value)
     assert not (tmp_path / 'students' / 'edm' / 'state').exists()
+
+
+def test_sampling_that_is_asked_to_stop_goes_on_where_it_was(
+    whole, config_file, tmp_path, monkeypatch
+):
+    config = dataclasses.replace(read_config(config_file), students={})
+    answers = iter([False, False, True])  # before the first batch, and after each
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts, 'stop_requested', lambda: next(answers))
+        with pytest.raises(SystemExit) as stopped:
+            pipeline.run(config, tmp_path, ['sample'])
+    assert stopped.value.code == hosts.REQUEUE
+    assert not artefacts.is_complete(tmp_path / 'samples' / 'teacher')
+    starts, batches = [], pipeline.sampling.batches
+
+    def note(*arguments, start, **options):
+        starts.append(start)
+        return batches(*arguments, start=start, **options)
+
+    monkeypatch.setattr(pipeline.sampling, 'batches', note)
+    pipeline.run(config, tmp_path, ['sample'])
+    assert starts == [8]
+    folder = Path('samples', 'teacher', 'images.npz')
+    drawn, expected = (pipeline.read_arrays(w / folder) for w in (tmp_path, whole))
+    np.testing.assert_array_equal(drawn['arr_0'], expected['arr_0'])
+    assert [p.name for p in (tmp_path / 'samples').iterdir()] == ['teacher']
 
 
 def wait_for_checkpoint(process, folder, timeout_s=240):

@@ -106,3 +106,28 @@ def test_a_grid_reads_row_by_row_and_is_white_where_images_are_missing():
     assert grid[0, ::3, 0].tolist() == [0, 1, 2]
     assert grid[2, ::3, 0].tolist() == [3, 4, 255]
     np.testing.assert_array_equal(grid[:2, 3:6], images[1])
+
+
+@pytest.mark.parametrize('sizes', [(2, 4, 1), (2, 2, 2)])
+def test_an_image_does_not_depend_on_how_the_weights_are_split(together, sizes):
+    batches = sampling.batches(
+        tiny.teacher(), SAMPLER, labels=denoisers.balanced_labels(NUM_IMAGES, tiny.NUM_CLASSES),
+        num_images=NUM_IMAGES, key=jax.random.key(4), batch_size=16,
+        device_mesh=mesh.make_mesh(*sizes),
+    )  # fmt: skip
+    assert_same_images(images_of(batches), together)
+
+
+def test_devices_that_split_the_batch_tell_one_another_nothing_while_sampling():
+    teacher, device_mesh = tiny.teacher(), mesh.make_mesh(4)
+    sampler = denoisers.make_denoiser_sampler(teacher, SAMPLER)
+    keys, labels = mesh.shard_batch(
+        device_mesh, (jax.random.split(jax.random.key(0), 8), np.zeros(8, np.int32))
+    )
+    params = mesh.shard_weights(device_mesh, teacher.params)
+    program = sampling.sample_batch.lower(
+        teacher.predict, teacher.info, 1.0, params, sampler, keys, labels
+    )
+    text = program.compile().as_text()
+    for kind in ('all-gather', 'all-reduce', 'all-to-all', 'collective-permute', 'reduce-scatter'):
+        assert kind not in text, kind

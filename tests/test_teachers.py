@@ -184,8 +184,7 @@ def test_what_diffusers_itself_saves_is_a_teacher_that_predicts_the_same(tmp_pat
         ({'sample_size': None}, {}, 'sample_size=None'),
         ({}, {'beta_schedule': 'sigmoid'}, "beta_schedule='sigmoid'"),
         ({}, {'prediction_type': 'sample'}, "prediction_type='sample'"),
-        ({}, {'trained_betas': [0.1]}, 'trained_betas is set'),
-        ({}, {'rescale_betas_zero_snr': True}, 'rescale_betas_zero_snr is set'),
+        ({}, {'trained_betas': [0.1]}, '1 trained_betas.*expected 50'),
         ({}, {'beta_end': 2.0}, 'beta_end=2.0'),
         ({'block_out_channels': [8, 16]}, {}, 'tensors missing|has shape'),
     ],
@@ -197,6 +196,14 @@ def test_a_diffusers_folder_with_what_is_not_supported_is_refused(
     with pytest.raises(ValueError, match=text) as caught:
         load_teacher(folder)
     assert str(folder) in str(caught.value)
+
+
+def test_trained_betas_and_a_terminal_snr_of_zero_are_the_schedule_of_a_folder(teacher, tmp_path):
+    betas = np.linspace(0.01, 0.2, 50).tolist()
+    settings = {'trained_betas': betas, 'rescale_betas_zero_snr': True}
+    schedule = load_teacher(write_diffusers(tmp_path, teacher, scheduler=settings)).info.schedule
+    assert schedule.kind == 'trained' and list(schedule.trained_betas) == betas
+    assert schedule.rescale_betas_zero_snr
 
 
 @pytest.mark.parametrize(

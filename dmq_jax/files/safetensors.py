@@ -29,6 +29,7 @@ class SafetensorsReader(Mapping[str, np.ndarray]):
         self.path = path
         self.metadata = metadata
         self._files = files
+        self._shapes: dict[str, tuple[int, ...]] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The array called `name`.
@@ -40,6 +41,21 @@ class SafetensorsReader(Mapping[str, np.ndarray]):
             raise KeyError(f'{self.path}: no tensor {name!r} among {len(self._files)}.')
         with _opened(self._files[name]) as file:
             return file.get_tensor(name)
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of the array called `name`, of which nothing is read.
+
+        Raises:
+          KeyError: no tensor of that name.
+        """
+        if name not in self._files:
+            raise KeyError(f'{self.path}: no tensor {name!r} among {len(self._files)}.')
+        if name not in self._shapes:
+            # Opening a file parses its header, which has all of them.
+            with _opened(self._files[name]) as file:
+                for other in file.keys():  # noqa: SIM118
+                    self._shapes[other] = tuple(file.get_slice(other).get_shape())
+        return self._shapes[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

@@ -126,6 +126,20 @@ def load(path: str | os.PathLike, *, ignore: Sequence[str] = ()) -> Any:
         raise ValueError(f'{path}: {error}.') from error
 
 
+def release(array: np.ndarray) -> None:
+    """Gives back the memory of the file behind `array`, which may be read again all the same.
+
+    A mapped file stays in memory as far as it has been read; whoever goes through a large one and
+    copies what it needs calls this in between.
+    """
+    base: Any = array
+    while base is not None and not isinstance(base, mmap.mmap):
+        base = base.obj if isinstance(base, memoryview) else getattr(base, 'base', None)
+    # Of memory without a file, which is never read-only, this would be the end.
+    if base is not None and memoryview(base).readonly and hasattr(base, 'madvise'):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
 class _FileError(Exception):
     """What is wrong with a file, without its name."""
 

@@ -1,16 +1,30 @@
 """Published methods, one file each: pure functions over a learnable pytree."""
 
-from dmq_jax.config import EfficientDMConfig, MethodConfig, RoundToNearestConfig
-from dmq_jax.methods import efficientdm, round_to_nearest
+from dmq_jax.config import (
+    EfficientDMConfig,
+    MethodConfig,
+    QDiffusionConfig,
+    RoundToNearestConfig,
+    TuneQDMConfig,
+)
+from dmq_jax.methods import efficientdm, qdiffusion, round_to_nearest, tuneqdm
 from dmq_jax.methods.base import Method
 from dmq_jax.quant.plan import Plan
 
 METHODS = {
     RoundToNearestConfig: round_to_nearest.make,
     EfficientDMConfig: efficientdm.make,
+    QDiffusionConfig: qdiffusion.make,
+    TuneQDMConfig: tuneqdm.make,
 }
 
 
-def make(config: MethodConfig, plan: Plan) -> Method:
-    """The method that `config` describes, for the layers of `plan`."""
-    return METHODS[type(config)](config, plan)
+def make(config: MethodConfig, plan: Plan, num_train_timesteps: int = 1000) -> Method:
+    """The method that `config` describes, for the layers of `plan`.
+
+    Args:
+      config: of one of the methods.
+      plan: what is quantized.
+      num_train_timesteps: of the teacher's schedule; some methods divide it into intervals.
+    """
+    return METHODS[type(config)](config, plan, num_train_timesteps)

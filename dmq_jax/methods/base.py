@@ -9,6 +9,10 @@ A method is made once, for a plan and a list of timesteps, and is then four pure
 * `loss(student, teacher) -> scalar`: how far the student's `Prediction` is from the teacher's;
 * `optimizer(state, decay) -> optax transformation`: `decay(step)` falls from 1 to 0 over the run.
 
+A method that learns block by block also lists `phases`: passes of block reconstruction. Every
+group of a state is keyed by the paths of layers, so a part of a state is the state of a part of
+the network, and the functions of a method take either.
+
 `bind` knows no time: whatever depends on the timestep is a table of `Bound`, one row per timestep,
 from which `quant.rows.at_timestep` picks. Scales of weights that change with time (TuneQDM) are
 tables on the input and the output of the integer product, so even then the codes stay the same.
@@ -55,11 +59,18 @@ class Bound(NamedTuple):
       tables: {path: {role: {'scale': [S] or [1], 'zero_point': the same}}}.
       params: new values of parameters that stay in float, by 'path/name'; the others are the
         teacher's.
+      channels: by path, factors of single channels: {'input': [E, K], 'output': [E, N]} or one of
+        them. The input is multiplied before it is rounded, the product before its bias is added,
+        so a kernel is seen as `input * (codes - zero_point) * scale * output`.
+      channel_timesteps: of the rows of `channels`: a row serves the timesteps nearest to its own,
+        of two equally near the first; None where every table of `channels` has one row.
     """
 
     weights: dict[str, WeightCodes]
     tables: Tables
     params: Mapping[str, Array] = {}
+    channels: Mapping[str, Mapping[str, Array]] = {}
+    channel_timesteps: Float[Array, 'E'] | None = None
 
 
 class Prediction(NamedTuple):
@@ -74,6 +85,30 @@ class Prediction(NamedTuple):
     features: Mapping[str, Array] = {}
 
 
+class Phase(NamedTuple):
+    """One pass of block reconstruction over a network: what learns, and towards what.
+
+    Attributes:
+      name: of the pass, for people.
+      rounds_inputs: whether activations are rounded during the pass.
+      bind: `(params, state, progress) -> Bound`, the network as it learns; `progress` rises from 0
+        to 1 over the pass of one block. Its codes need not be integers yet; those of
+        `Method.bind` are.
+      penalty: `(state, progress) -> scalar`, added to the error of the block's output.
+      optimizer: as `Method.optimizer`; what the pass does not learn stands still.
+      norm: exponent of the error |output - target|^norm.
+      share: iterations of this pass for each one that the run asks for.
+    """
+
+    name: str
+    rounds_inputs: bool
+    bind: Callable[[PyTree, State, Float[Array, '']], Bound]
+    penalty: Callable[[State, Float[Array, '']], Float[Array, '']]
+    optimizer: Callable[[State, optax.Schedule], optax.GradientTransformation]
+    norm: float = 2.0
+    share: float = 1.0
+
+
 class Method(NamedTuple):
     """See the module's docstring.
 
@@ -83,6 +118,7 @@ class Method(NamedTuple):
       loss: compares two predictions.
       optimizer: makes the optax transformation.
       features: regular expression over module paths whose outputs `loss` wants to see; None: none.
+      phases: of block reconstruction, in order; (): the method has none.
     """
 
     init: Callable[[PyTree, Stats, Key[Array, '']], State]
@@ -90,6 +126,7 @@ class Method(NamedTuple):
     loss: Callable[[Prediction, Prediction], Float[Array, '']]
     optimizer: Callable[[State, optax.Schedule], optax.GradientTransformation]
     features: str | None = None
+    phases: tuple[Phase, ...] = ()
 
 
 def output_loss(student: Prediction, teacher: Prediction) -> Float[Array, '']:
@@ -140,8 +177,8 @@ def per_group(
 
 
 def get_leaf(params: PyTree, name: str) -> Array:
-    """The parameter 'path/name'."""
-    for part in name.split('/'):
+    """The parameter 'path/name', or all of a module; '' is everything."""
+    for part in filter(None, name.split('/')):
         params = params[part]
     return params
 
@@ -169,7 +206,7 @@ def init_inputs(plan: Plan, stats: Stats) -> Tables:
         tables[path] = {}
         for role, tensor in stats[path].items():
             tensor = tensor if spec.per_timestep else observers.pool(tensor)
-            scale, zero_point = observers.calibrate(tensor, spec.inputs)
+            scale, zero_point = observers.calibrate(tensor, spec.activation(role))
             tables[path][role] = {'scale': scale, 'zero_point': zero_point}
     return tables
 
@@ -215,7 +252,9 @@ def with_leaves(params: PyTree, leaves: Mapping[str, Array]) -> PyTree:
 
 
 def by_path(rows: Mapping[str, Any]) -> PyTree:
-    """{path: entry} as the nested collection that Flax expects."""
+    """{path: entry} as the nested collection that Flax expects; path '' is the network itself."""
+    if '' in rows:
+        return dict(rows[''])
     return traverse_util.unflatten_dict({tuple(path.split('/')): v for path, v in rows.items()})
 
 

@@ -41,8 +41,9 @@ from dmq_jax.quant.plan import Plan
 _SMALLEST_SHARE = 0.05
 
 
-def make(config: EfficientDMConfig, plan: Plan) -> base.Method:
+def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> base.Method:
     """The method for the layers of `plan`; layers not marked trainable keep their calibration."""
+    del num_train_timesteps
     trainable = {path for path, spec in plan.items() if spec.trainable}
 
     def init(params, stats, key):
@@ -92,7 +93,7 @@ def make(config: EfficientDMConfig, plan: Plan) -> base.Method:
             )
         tables = {
             path: {
-                role: _learnt(table, state['input'][path][role], plan[path].inputs.grid)
+                role: _learnt(table, state['input'][path][role], plan[path].activation(role).grid)
                 if path in state['input']
                 else table
                 for role, table in roles.items()

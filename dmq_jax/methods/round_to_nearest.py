@@ -9,9 +9,9 @@ from dmq_jax.methods import base
 from dmq_jax.quant.plan import Plan
 
 
-def make(config: RoundToNearestConfig, plan: Plan) -> base.Method:
+def make(config: RoundToNearestConfig, plan: Plan, num_train_timesteps: int) -> base.Method:
     """The method for the layers of `plan`."""
-    del config
+    del config, num_train_timesteps
 
     def init(params, stats, key):
         del key

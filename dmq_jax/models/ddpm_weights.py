@@ -7,6 +7,7 @@
   not in the order of use, and attention is made of 1x1 convolutions.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -252,13 +253,13 @@ def params_from_ddim(
             f'expected None.'
         )
     names = {name.removeprefix('module.'): name for name in tensors}
-    last = len(network.channels) - 1
-
-    def source(path: str) -> Source:
-        name = rename(path, _DDIM)
-        return Source(re.sub(r'^up\.(\d+)', lambda match: f'up.{last - int(match[1])}', name))
-
+    source = functools.partial(_ddim_source, last=len(network.channels) - 1)
     return read_params(tensors, _shapes(network), source, names=names, dtype=dtype, put=put)
+
+
+def _ddim_source(path: str, *, last: int) -> Source:
+    name = rename(path, _DDIM)
+    return Source(re.sub(r'^up\.(\d+)', lambda match: f'up.{last - int(match[1])}', name))
 
 
 def diffusers_from_params(params: PyTree) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from dmq_jax.quant import numerics, products
 from dmq_jax.quant.plan import LayerSpec
-from dmq_jax.quant.rows import Rows, fake_quantize_input, per_image
+from dmq_jax.quant.rows import Rows, fake_quantize_input, per_image, scale_channels
 from dmq_jax.quant.tensor import QuantizedTensor, QuantSpec, expand, unpack_rows
 from kernels.int_conv.api import int_conv
 from kernels.int_matmul.api import int_matmul
@@ -45,15 +45,17 @@ def integer_product(
     lhs_rows: Rows,
     rhs_rows: Rows,
     *,
-    spec: QuantSpec,
+    lhs_spec: QuantSpec,
+    rhs_spec: QuantSpec,
 ) -> Float[Array, 'B *batch M N']:
     """A product of two activations on integers, zero points taken out of the sum exactly."""
-    a, a_zero = carry_codes(lhs, lhs_rows, spec)
-    b, b_zero = carry_codes(rhs, rhs_rows, spec)
-    total = int_matmul(a, b, x_max=_largest(spec), w_max=_largest(spec))
-    if a_zero is not None:
+    a, a_zero = carry_codes(lhs, lhs_rows, lhs_spec)
+    b, b_zero = carry_codes(rhs, rhs_rows, rhs_spec)
+    total = int_matmul(a, b, x_max=_largest(lhs_spec), w_max=_largest(rhs_spec))
+    if a_zero is not None or b_zero is not None:
         # sum (a - za)(b - zb) = sum ab - za sum b - zb sum a + K za zb
-        za, zb = per_image(a_zero, a.ndim), per_image(b_zero, b.ndim)
+        none = jnp.zeros((), jnp.int32)
+        za, zb = (none if z is None else per_image(z, a.ndim) for z in (a_zero, b_zero))
         a_sum = jnp.sum(a.astype(jnp.int32), axis=-1)[..., :, None]
         b_sum = jnp.sum(b.astype(jnp.int32), axis=-1)[..., None, :]
         total = total - za * b_sum - zb * a_sum + a.shape[-1] * za * zb
@@ -67,21 +69,27 @@ def integer_layer(
     rows: Rows | None,
     weight: Mapping[str, Array] | None,
     spec: LayerSpec,
+    channels: Rows | None = None,
 ) -> Float[Array, 'B ...']:
     """A `Dense` or `Conv` on integer codes, with its bias.
+
+    `channels` are factors of the channels of input and product; see `rows.scale_channels`.
 
     Raises:
       NotImplementedError: grouped or dilated convolutions, or string paddings other than SAME and
         VALID.
     """
     bias = module.get_variable('params', 'bias') if module.use_bias else None
+    dtype = module.dtype or x.dtype
+    x = scale_channels(x, channels, 'input')
     if weight is None or rows is None:
         y = _half_quantized(module, x, rows, weight, spec)
     else:
         y = _accumulate(module, x, rows, weight, spec)
+    y = scale_channels(y, channels, 'output')
     if bias is not None:
         y = y + _as_last(bias.astype(jnp.float32), y.ndim)
-    return y.astype(module.dtype or x.dtype)
+    return y.astype(dtype)
 
 
 def straight_through_layer(
@@ -90,11 +98,13 @@ def straight_through_layer(
     rows: Rows | None,
     weight: Mapping[str, Array],
     spec: LayerSpec,
+    channels: Rows | None = None,
 ) -> Float[Array, 'B ...']:
     """A `Dense` or `Conv` of integer codes, with the gradients of the float layer.
 
     Its value is that of integer mode where that is faster than float (`products`), its gradients
-    those of the product of the real values that the codes stand for.
+    those of the product of the real values that the codes stand for. `channels` as in
+    `integer_layer`.
 
     Raises:
       NotImplementedError: see `integer_layer`.
@@ -121,7 +131,32 @@ def straight_through_layer(
             value = _accumulate(module, *jax.lax.stop_gradient((x, rows, entry)), spec)
         return products.with_float_gradients(geometry, x_hat, kernel, jax.lax.stop_gradient(value))
 
-    y = multiply(x.astype(jnp.float32), rows, dict(weight))
+    scaled = scale_channels(x.astype(jnp.float32), channels, 'input')
+    y = scale_channels(multiply(scaled, rows, dict(weight)), channels, 'output')
+    if module.use_bias:
+        bias = module.get_variable('params', 'bias')
+        y = y + _as_last(bias.astype(jnp.float32), y.ndim)
+    return y.astype(module.dtype or x.dtype)
+
+
+def scaled_layer(
+    module: nn.Dense | nn.Conv,
+    x: Float[Array, 'B ...'],
+    rows: Rows | None,
+    channels: Rows,
+    spec: LayerSpec,
+) -> Float[Array, 'B ...']:
+    """A `Dense` or `Conv` whose kernel is rounded already, with factors of its channels.
+
+    Raises:
+      NotImplementedError: see `integer_layer`.
+    """
+    geometry = None if isinstance(module, nn.Dense) else conv_geometry(module, x.shape)
+    scaled = scale_channels(x.astype(jnp.float32), channels, 'input')
+    if rows is not None:
+        scaled = fake_quantize_input(scaled, rows, spec.inputs)
+    kernel = module.get_variable('params', 'kernel').astype(jnp.float32)
+    y = scale_channels(products.product(scaled, kernel, geometry), channels, 'output')
     if module.use_bias:
         bias = module.get_variable('params', 'bias')
         y = y + _as_last(bias.astype(jnp.float32), y.ndim)

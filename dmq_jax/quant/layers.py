@@ -14,7 +14,7 @@ called.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,7 +23,12 @@ from flax import traverse_util
 from jaxtyping import Array, Float, PyTree
 
 from dmq_jax.quant import observers
-from dmq_jax.quant.integer import integer_layer, integer_product, straight_through_layer
+from dmq_jax.quant.integer import (
+    integer_layer,
+    integer_product,
+    scaled_layer,
+    straight_through_layer,
+)
 from dmq_jax.quant.plan import INPUT_ROLES, Plan, QuantizableLayer
 from dmq_jax.quant.rows import at_timestep, fake_quantize_input
 from dmq_jax.quant.tensor import QuantSpec
@@ -156,6 +161,44 @@ def _intercepted(plan: Plan, action: Callable[..., Any]) -> Iterator[None]:
         yield
 
 
+class Call(NamedTuple):
+    """One call of a module.
+
+    Attributes:
+      module: free of the network it stands in: applied by itself, it has path ''.
+      args: what it was called with.
+      kwargs: likewise.
+      output: what it returned.
+    """
+
+    module: nn.Module
+    args: tuple
+    kwargs: dict[str, Any]
+    output: Any
+
+
+@contextlib.contextmanager
+def recorded_calls(is_wanted: Callable[[str], bool]) -> Iterator[dict[str, Call]]:
+    """Within it, calls of the modules whose path `is_wanted` appear in what it yields, by path.
+
+    In order of their beginning. Enter it before the modes below: inputs are then seen unrounded.
+    """
+    calls: dict[str, Call] = {}
+
+    def intercept(next_fun, args, kwargs, context):
+        path = '/'.join(context.module.path)
+        if context.method_name != '__call__' or not is_wanted(path):
+            return next_fun(*args, **kwargs)
+        calls[path] = None
+        output = next_fun(*args, **kwargs)
+        module = context.module.clone(parent=None, name=None)
+        calls[path] = Call(module, args, kwargs, output)
+        return output
+
+    with nn.intercept_methods(intercept):
+        yield calls
+
+
 def observe_inputs(plan: Plan, num_values: int) -> contextlib.AbstractContextManager[None]:
     """Within it, `apply(..., mutable=['stats'])` also returns statistics of every input.
 
@@ -197,6 +240,11 @@ def _entry(module: nn.Module, name: str) -> Mapping[str, Array]:
     return entry
 
 
+def _channels(module: nn.Module) -> Mapping[str, Array] | None:
+    """Factors of the channels of a layer; None: it has none."""
+    return module.get_variable('quant', 'channels')
+
+
 def fake_quantized(plan: Plan) -> contextlib.AbstractContextManager[None]:
     """Within it, every layer of `plan` rounds its inputs as the collection `quant` says.
 
@@ -204,15 +252,21 @@ def fake_quantized(plan: Plan) -> contextlib.AbstractContextManager[None]:
     by path. Weights are the caller's: either `params` hold a kernel already rounded, or the
     collection holds `{path: {'weight': {'codes', 'scale', 'zero_point'}}}`, codes as floats with
     straight-through gradients; then the float kernel is not read, see `straight_through_layer`.
+    `{path: {'channels': {'input', 'output'}}}` are factors of a layer's channels.
     """
 
     def action(module, kind, spec, args, proceed):
         if kind in ('dense', 'conv') and module.has_variable('quant', 'weight'):
             rows = _entry(module, 'input') if spec.inputs is not None else None
-            return straight_through_layer(module, args[0], rows, _entry(module, 'weight'), spec)
+            return straight_through_layer(
+                module, args[0], rows, _entry(module, 'weight'), spec, _channels(module)
+            )
+        if _channels(module) is not None:
+            rows = _entry(module, 'input') if spec.inputs is not None else None
+            return scaled_layer(module, args[0], rows, _channels(module), spec)
         if spec.inputs is not None:
             args = [
-                fake_quantize_input(x, _entry(module, role), spec.inputs)
+                fake_quantize_input(x, _entry(module, role), spec.activation(role))
                 for role, x in zip(INPUT_ROLES[kind], args, strict=True)
             ]
         return proceed(*args)
@@ -236,8 +290,10 @@ def integer(plan: Plan) -> contextlib.AbstractContextManager[None]:
         if kind == 'tap':
             return fake_quantize_input(args[0], rows[0], spec.inputs)
         if kind == 'product':
-            return integer_product(*args, *rows, spec=spec.inputs)
+            return integer_product(
+                *args, *rows, lhs_spec=spec.activation('lhs'), rhs_spec=spec.activation('rhs')
+            )
         weight = _entry(module, 'weight') if spec.weight is not None else None
-        return integer_layer(module, args[0], rows[0], weight, spec)
+        return integer_layer(module, args[0], rows[0], weight, spec, _channels(module))
 
     return _intercepted(plan, action)

@@ -36,12 +36,18 @@ class LayerSpec:
       inputs: its activations (of a product, both operands); None leaves them float.
       per_timestep: one activation scale per timestep, or one for all.
       trainable: whether methods may tune it (papers leave their 8-bit layers alone).
+      lhs: of a product, its first operand where that has a grid of its own, as a softmax may.
     """
 
     weight: QuantSpec | None
     inputs: QuantSpec | None
     per_timestep: bool = True
     trainable: bool = True
+    lhs: QuantSpec | None = None
+
+    def activation(self, role: str) -> QuantSpec | None:
+        """The spec of the input in this `role`, one of `INPUT_ROLES`; None: it stays float."""
+        return self.lhs if role == 'lhs' and self.lhs is not None else self.inputs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,14 +101,23 @@ def make_plan(
     return plan
 
 
-def paper_rules(target: LayerSpec, edge: LayerSpec) -> list[Rule]:
+def paper_rules(target: LayerSpec, edge: LayerSpec, exempt: Sequence[str] = ()) -> list[Rule]:
     """EfficientDM's coverage, as its code quantizes (arXiv:2310.03270).
 
-    Time embedding, first and last convolution stay at 8 bits with one scale for all timesteps and
-    are not tuned; 1x1 shortcuts, strided convolutions and the attention products stay float.
+    Embeddings of the timestep (and of sizes, which are added to them), first and last layer stay at
+    8 bits with one scale for all timesteps and are not tuned; 1x1 shortcuts, strided convolutions
+    and the attention products stay float. A transformer's first and last layers are those that
+    fold and unfold its patches.
+
+    Args:
+      target: of all other layers.
+      edge: of the layers at 8 bits.
+      exempt: patterns of further layers that stay float.
     """
+    embeddings = r'(time|added|resolution|ratio)_embed/.*|embed(_\d+)?/time/.*'
     return [
-        Rule(pattern='time_embed/.*|conv_in|conv_out', spec=edge, optional=True),
+        *(Rule(pattern=pattern, spec=None, optional=True) for pattern in exempt),
+        Rule(pattern=f'{embeddings}|conv_in|conv_out|patches/proj|out', spec=edge, optional=True),
         Rule(pattern='.*(conv_shortcut|downsample)', spec=None, optional=True),
         Rule(pattern='.*/(scores|mix)', spec=None, optional=True),
         Rule(pattern='.*', spec=target, optional=True),

@@ -69,6 +69,24 @@ def per_image(row: Array, ndim: int) -> Array:
     return row if row.ndim == 0 else row.reshape(row.shape + (1,) * (ndim - row.ndim))
 
 
+def per_channel(row: Array, ndim: int) -> Array:
+    """Factors of the last axis that broadcast against `ndim` axes: [K], or one set per image."""
+    return row.reshape(row.shape[:-1] + (1,) * (ndim - row.ndim) + row.shape[-1:])
+
+
+def scale_channels(x: Float[Array, 'B ...'], channels: Rows | None, end: str) -> Array:
+    """`x` times the factors of its channels, where `channels` has any for this `end`.
+
+    Args:
+      x: input of a layer, or its product before the bias.
+      channels: 'input' and 'output' of one layer, each [K] or [B, K]; either may be missing.
+      end: 'input' or 'output'.
+    """
+    if channels is None or end not in channels:
+        return x
+    return x * per_channel(channels[end], x.ndim).astype(x.dtype)
+
+
 def fake_quantize_input(x: Float[Array, 'B ...'], rows: Rows, spec: QuantSpec) -> Array:
     """`x` rounded to the grid of `spec` at the given scale and zero point."""
     qmin, qmax = spec.grid

@@ -293,7 +293,12 @@ def image_grid(images: UInt8[np.ndarray, 'R K H W C']) -> UInt8[np.ndarray, 'h w
 
 
 def data_uri(picture: UInt8[np.ndarray, 'h w D']) -> str:
-    """A picture as a PNG in a `data:` URI.
+    """A picture as a PNG in a `data:` URI; see `encode_png`."""
+    return 'data:image/png;base64,' + base64.b64encode(encode_png(picture)).decode()
+
+
+def encode_png(picture: UInt8[np.ndarray, 'h w D']) -> bytes:
+    """The content of a PNG file.
 
     Args:
       picture: D is 1 (grey), 2 (grey, alpha), 3 (RGB) or 4 (RGB, alpha).
@@ -310,7 +315,7 @@ def data_uri(picture: UInt8[np.ndarray, 'h w D']) -> str:
     lines = np.concatenate(
         [np.zeros((height, 1), np.uint8), picture.reshape(height, width * depth)], axis=1
     )
-    data = b'\x89PNG\r\n\x1a\n' + b''.join(
+    return b'\x89PNG\r\n\x1a\n' + b''.join(
         _png_chunk(kind, content)
         for kind, content in (
             (b'IHDR', header),
@@ -318,7 +323,6 @@ def data_uri(picture: UInt8[np.ndarray, 'h w D']) -> str:
             (b'IEND', b''),
         )
     )
-    return 'data:image/png;base64,' + base64.b64encode(data).decode()
 
 
 def _png_chunk(kind: bytes, content: bytes) -> bytes:

@@ -15,6 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+_LOGGER = logging.getLogger(__name__)
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        # `hosts.stop_requested` is who asks; a second count of steps would disturb its own.
+        return False
+
 
 class Checkpoints:
     """The numbered checkpoints of one training run; also a context manager that closes itself.
@@ -30,7 +38,8 @@ class Checkpoints:
             max_to_keep=max_to_keep, create=True, cleanup_tmp_directories=True
         )
         self._path = Path(path).absolute()
-        self._manager = ocp.CheckpointManager(self._path, options=options)
+        self._warn_of_unfinished()
+        self._manager = _Manager(self._path, options=options)
 
     def __enter__(self):
         return self
@@ -38,10 +47,21 @@ class Checkpoints:
     def __exit__(self, *_):
         self.close()
 
+    def _warn_of_unfinished(self) -> None:
+        # Now, since the manager deletes them.
+        if jax.process_index() == 0 and self._path.is_dir():
+            for folder in sorted(self._path.glob('*.orbax-checkpoint-tmp*')):
+                step = folder.name.partition('.')[0]
+                _LOGGER.warning(
+                    'checkpoint %s in %s is half written and is skipped.', step, self._path
+                )
+
     def save(self, step: int, tree: Any) -> None:
         """Stores `tree` as checkpoint `step`; writing goes on in the background.
 
-        The values are copied before this returns, so the arrays may be donated or changed.
+        The values are copied before this returns, so the arrays may be donated or changed. Of
+        several processes all call this, each writes the parts of arrays that it holds, and the
+        first one what is not spread over all of them.
 
         Args:
           step: optimizer steps done; larger than that of any earlier checkpoint.
@@ -53,7 +73,8 @@ class Checkpoints:
         latest = self.latest()
         if latest is not None and step <= latest:
             raise ValueError(f'step={step}: checkpoint {latest} exists; expected a later step.')
-        self._manager.save(step, args=ocp.args.StandardSave(_without_keys(tree)), force=True)
+        tree = jax.tree.map(_to_host, _without_keys(tree))
+        self._manager.save(step, args=ocp.args.StandardSave(tree), force=True)
 
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint, or None."""
@@ -75,7 +96,7 @@ class Checkpoints:
             raise FileNotFoundError(
                 f'No checkpoint {step} in {self._path}; there are {self._manager.all_steps()}.'
             )
-        raw = jax.tree.map(_abstract, _without_keys(like))
+        raw = jax.tree.map(_abstract, jax.tree.map(_to_host, _without_keys(like)))
         try:
             restored = self._manager.restore(step, args=ocp.args.StandardRestore(raw))
         except (ValueError, KeyError) as error:
@@ -84,7 +105,38 @@ class Checkpoints:
                 f'--workdir or delete that folder. orbax says: {error}'
             ) from error
         _check_shapes(restored, raw, self._path / str(step))
-        return _with_keys(restored, like)
+        return _with_keys(jax.tree.map(_to_device, restored, like), like)
+
+    def restore_latest(self, like: Any) -> Any:
+        """The newest checkpoint that can be read, see `restore`; None if there is none.
+
+        One that fits but is damaged is deleted with a warning, and an older one taken.
+
+        Raises:
+          ValueError: its structure or shapes differ from `like`, or all of several are damaged.
+        """
+        while (step := self.latest()) is not None:
+            try:
+                return self.restore(step, like)
+            except ValueError as error:
+                if self._is_other(step, like):
+                    raise
+                if len(self._manager.all_steps()) == 1:
+                    raise ValueError(
+                        f'Checkpoint {step} in {self._path} is damaged, and there is no other; '
+                        f'delete that folder to begin anew. {error}'
+                    ) from error
+                _LOGGER.warning('checkpoint %s in %s is damaged and is deleted.', step, self._path)
+                self._manager.delete(step)
+        return None
+
+    def _is_other(self, step: int, like: Any) -> bool:
+        """Whether a checkpoint can be read well enough to see that it is not one of `like`."""
+        try:
+            saved = _names_and_shapes(self._manager.item_metadata(step))
+        except (ValueError, KeyError, AttributeError, OSError):
+            return False
+        return saved != _names_and_shapes(_without_keys(like))
 
     def wait(self) -> None:
         """Returns when everything saved is on disk; raises what went wrong while writing."""
@@ -98,6 +150,8 @@ class Checkpoints:
 
 def save_tree(path: str | os.PathLike, tree: Any) -> None:
     """Writes nested dicts of arrays to the folder `path`, replacing what was there.
+
+    Of several processes, one calls this.
 
     Args:
       path: a folder, for this alone.
@@ -113,7 +167,7 @@ def save_tree(path: str | os.PathLike, tree: Any) -> None:
             where = jax.tree_util.keystr(key_path)
             raise ValueError(f'tree{where}: expected nested dicts (string keys) of plain arrays.')
     _quieten_orbax()
-    with ocp.StandardCheckpointer() as checkpointer:
+    with ocp.StandardCheckpointer(multiprocessing_options=_alone()) as checkpointer:
         checkpointer.save(Path(path).absolute(), tree, force=True)
 
 
@@ -131,6 +185,16 @@ def load_tree(path: str | os.PathLike) -> dict[str, Any]:
         saved = checkpointer.metadata(path).item_metadata.tree
         to_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         return checkpointer.restore(path, restore_args=to_numpy)
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Makes orbax wait for no other process."""
+    this = jax.process_index()
+    if jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f'process_{this}'
+    )
 
 
 def _is_key(leaf: Any) -> bool:
@@ -163,6 +227,30 @@ def _with_keys(tree: Any, like: Any) -> Any:
         return jax.random.wrap_key_data(leaf, impl=found[0])
 
     return jax.tree.map(typed, tree, like)
+
+
+def _names_and_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator='/'): tuple(getattr(leaf, 'shape', ()))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _to_host(leaf: Any) -> Any:
+    """What orbax takes for an array that is the same in each of several processes: NumPy."""
+    if jax.process_count() == 1:
+        return leaf
+    if isinstance(leaf, jax.Array) and leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    if isinstance(leaf, jax.ShapeDtypeStruct) and leaf.sharding is None:
+        return np.zeros(leaf.shape, leaf.dtype)
+    return leaf
+
+
+def _to_device(leaf: Any, like: Any) -> Any:
+    """The inverse of `_to_host`."""
+    is_array = isinstance(like, jax.Array | jax.ShapeDtypeStruct)
+    return jnp.asarray(leaf) if is_array and isinstance(leaf, np.ndarray) else leaf
 
 
 def _abstract(leaf: Any) -> Any:

@@ -1,37 +1,111 @@
 """Devices: the mesh of a run, and how batches and parameters are spread over it.
 
 The only place that knows `jax.sharding`. Arrays are placed with explicit transfers and `jit`
-partitions the computation (axis type Auto); one device is a mesh of one, not a special case.
+partitions the computation (axis type Auto); one device is a mesh of one, not a special case, and
+neither are the devices of several processes: each passes the same whole arrays and keeps its part.
+
+Axes of the mesh: 'data' splits batches; 'fsdp' splits batches and, between their uses, weights;
+'tensor' splits the output channels of weights.
 """
 
+import dataclasses
+import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-# (pattern, spec): the whole path must match the regular expression; the spec has, per array
-# axis, the name of a mesh axis or None, and may be shorter than the array's shape.
-Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = ('data', 'fsdp')  # what the first axis of a batch is split over
 
 
-def make_mesh(data: int = -1) -> Mesh:
-    """A mesh with the single axis 'data', over the first `data` devices of all processes.
+class Spread(NamedTuple):
+    """A spec that the shape decides: what a mesh axis does not divide stays whole.
+
+    Arrays of fewer than two axes stay whole too.
+
+    Attributes:
+      largest: mesh axis for the largest array axis that it divides.
+      last: mesh axis for the last array axis, chosen first.
+    """
+
+    largest: str | None = None
+    last: str | None = None
+
+    def spec(self, shape: Sequence[int], mesh: Mesh) -> tuple[str | None, ...]:
+        """The mesh axis of every array axis."""
+        result: list[str | None] = [None] * len(shape)
+        if len(shape) < 2:
+            return tuple(result)
+        if self.last is not None and shape[-1] % mesh.shape[self.last] == 0:
+            result[-1] = self.last
+        if self.largest is not None:
+            free = [
+                i for i, size in enumerate(shape)
+                if result[i] is None and size % mesh.shape[self.largest] == 0
+            ]  # fmt: skip
+            if free:
+                # The later of two equal ones: output channels, which no product sums over.
+                result[max(free, key=lambda i: (shape[i], i))] = self.largest
+        return tuple(result)
+
+
+# (pattern, spec): the whole path must match the regular expression; the spec is a `Spread`, or
+# has, per array axis, the name of a mesh axis, several, or None, and may be shorter than the shape.
+Spec = Spread | tuple[str | tuple[str, ...] | None, ...]
+Rules = Sequence[tuple[str, Spec]]
+
+# Kernels, packed codes and embeddings are spread; vectors stay whole.
+WEIGHT_RULES: Rules = (('.*', Spread(largest='fsdp', last='tensor')),)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh with the axes `AXES`, over the first devices of all processes.
 
     Args:
-      data: number of devices, or -1 for all.
+      data: number of parts of a batch; one of the three may be -1, for all devices left.
+      fsdp: number of parts of weights and of batches; batches have data * fsdp parts.
+      tensor: number of parts of the output channels of weights.
 
     Raises:
-      ValueError: if there are fewer devices than asked for.
+      ValueError: if there are fewer devices than asked for, or a process would have none of them.
     """
     devices = jax.devices()
-    if data != -1 and not 1 <= data <= len(devices):
-        raise ValueError(f'data={data}: expected 1..{len(devices)} (the devices here), or -1.')
-    devices = devices if data == -1 else devices[:data]
+    sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+    free = [name for name, size in sizes.items() if size == -1]
+    given = math.prod(size for size in sizes.values() if size != -1)
+    for name, size in sizes.items():
+        if size != -1 and not 1 <= size <= len(devices):
+            raise ValueError(
+                f'{name}={size}: expected 1..{len(devices)} (the devices here), or -1.'
+            )
+    if len(free) > 1 or given > len(devices) or (free and len(devices) % given):
+        shape = ', '.join(f'{name}={size}' for name, size in sizes.items())
+        raise ValueError(
+            f'{shape}: expected a product that {len(devices)} devices can make, with -1 once.'
+        )
+    for name in free:
+        sizes[name] = len(devices) // given
+    devices = devices[: math.prod(sizes.values())]
+    idle = set(range(jax.process_count())) - {device.process_index for device in devices}
+    if idle:
+        raise ValueError(
+            f'a mesh of {len(devices)} devices leaves process {min(idle)} without one; start '
+            f'fewer processes, or set mesh.data=-1.'
+        )
     # jax.make_mesh has made Explicit axes the default, under which a reshape of a split axis
     # is an error; the networks here leave the partitioning to the compiler.
-    return jax.make_mesh((len(devices),), ('data',), axis_types=(AxisType.Auto,), devices=devices)
+    return jax.make_mesh(
+        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
+    )
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[name] for name in BATCH)
 
 
 def check_batch_size(mesh: Mesh, batch_size: int, *, name: str = 'batch_size') -> None:
@@ -45,7 +119,7 @@ def check_batch_size(mesh: Mesh, batch_size: int, *, name: str = 'batch_size') -
     Raises:
       ValueError: naming the nearest sizes that would do.
     """
-    devices = mesh.shape['data']
+    devices = batch_parts(mesh)
     below = batch_size - batch_size % devices
     if below != batch_size:
         near = f'{below} or {below + devices}' if below else f'{devices}'
@@ -71,12 +145,44 @@ def shard_batch(mesh: Mesh, tree: Any) -> Any:
         if leaf.ndim == 0:
             raise ValueError(f'{_path_string(path)} is a scalar: only arrays can be split.')
         check_batch_size(mesh, leaf.shape[0])
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec('data')))
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH))
+    return place(tree, jax.tree.map(lambda _: sharding, tree))
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
     """The arrays of `tree`, whole on every device of `mesh`."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    return place(tree, jax.tree.map(lambda _: sharding, tree))
+
+
+def shard_weights(mesh: Mesh, tree: Any) -> Any:
+    """The weights of `tree` on the devices of `mesh`, spread by `WEIGHT_RULES`."""
+    if not jax.tree.leaves(tree):
+        return tree
+    return place(tree, shardings(mesh, tree, WEIGHT_RULES))
+
+
+def place(tree: Any, placement: Any) -> Any:
+    """The arrays of `tree`, each with its sharding.
+
+    Args:
+      tree: a pytree of arrays, the same in every process.
+      placement: a tree of shardings of the same structure.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, placement)
+    return jax.tree.map(_place_part, tree, placement)
+
+
+def _place_part(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        data = _place_part(jax.random.key_data(leaf), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    # Not device_put, which first compares the arrays of all processes.
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def fetch(mesh: Mesh, tree: Any) -> Any:
@@ -85,6 +191,61 @@ def fetch(mesh: Mesh, tree: Any) -> Any:
         whole = NamedSharding(mesh, PartitionSpec())
         tree = jax.jit(lambda leaves: leaves, out_shardings=whole)(tree)
     return jax.device_get(tree)
+
+
+def local_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+    """(indices, rows): those rows of a batch that this process has to look after.
+
+    Every row is one of exactly one process, whatever lies on several devices.
+    """
+    if array.is_fully_addressable:
+        return np.arange(len(array)), np.asarray(array)
+    shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+    shards = sorted(shards, key=lambda shard: shard.index[0].start or 0)
+    indices = [np.arange(len(array))[shard.index[0]] for shard in shards]
+    parts = [np.asarray(shard.data) for shard in shards]
+    if not shards:
+        return np.arange(0), np.zeros((0, *array.shape[1:]), array.dtype)
+    return np.concatenate(indices), np.concatenate(parts)
+
+
+def whole(mesh: Mesh, tree: Any) -> Any:
+    """Inside `jit`: weights that 'fsdp' splits, gathered for their use; 'tensor' keeps its parts.
+
+    Without it the compiler may instead split sums over the parts of a weight, and send
+    activations around, which are larger.
+    """
+    if mesh.shape['fsdp'] == 1:
+        return tree
+    spread = Spread(last='tensor')
+
+    def gathered(leaf):
+        spec = PartitionSpec(*spread.spec(leaf.shape, mesh))
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(gathered, tree)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnWhole:
+    mesh: Mesh
+    function: Callable[..., Any]
+
+    def __call__(self, weights: Any, *rest: Any) -> Any:
+        return self.function(whole(self.mesh, weights), *rest)
+
+
+def on_whole(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of weights placed by `shard_weights`, its first argument; see `whole`.
+
+    The result is a value: two calls with equal arguments give equal functions.
+    """
+    return function if mesh.shape['fsdp'] == 1 else _OnWhole(mesh, function)
+
+
+def constrain(tree: Any, placement: Any) -> Any:
+    """Inside `jit`: the arrays of `tree`, computed to lie as `placement` says."""
+    return jax.lax.with_sharding_constraint(tree, placement)
 
 
 def shardings(mesh: Mesh, tree: Any, rules: Rules) -> Any:
@@ -110,8 +271,11 @@ def shardings(mesh: Mesh, tree: Any, rules: Rules) -> Any:
         if index is None:
             raise ValueError(f"No sharding rule matches {path!r}; end the list with ('.*', ()).")
         used.add(index)
-        _check_spec(mesh, path, leaf.shape, rules[index][1])
-        return NamedSharding(mesh, PartitionSpec(*rules[index][1]))
+        spec = rules[index][1]
+        if isinstance(spec, Spread):
+            spec = spec.spec(leaf.shape, mesh)
+        _check_spec(mesh, path, leaf.shape, spec)
+        return NamedSharding(mesh, PartitionSpec(*spec))
 
     result = jax.tree_util.tree_map_with_path(sharding, tree)
     unused = [rule[0] for i, rule in enumerate(rules) if i not in used]
@@ -127,16 +291,18 @@ def _path_string(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
-def _check_spec(mesh: Mesh, path: str, shape: tuple[int, ...], spec: Sequence[str | None]) -> None:
+def _check_spec(mesh: Mesh, path: str, shape: tuple[int, ...], spec: Sequence[Any]) -> None:
     if len(spec) > len(shape):
         raise ValueError(f'{path} has shape {shape}: the spec {spec} has too many axes.')
-    for size, axis in zip(shape, spec, strict=False):
-        if axis is None:
-            continue
-        if axis not in mesh.shape:
-            raise ValueError(f'{path}: no mesh axis {axis!r}; expected {", ".join(mesh.shape)}.')
-        if size % mesh.shape[axis]:
+    for size, names in zip(shape, spec, strict=False):
+        names = (names,) if isinstance(names, str) else names or ()
+        for name in names:
+            if name not in mesh.shape:
+                known = ', '.join(mesh.shape)
+                raise ValueError(f'{path}: no mesh axis {name!r}; expected {known}.')
+        parts = math.prod(mesh.shape[name] for name in names)
+        if size % parts:
             raise ValueError(
-                f'{path} has shape {shape}: {size} is not divisible by the {mesh.shape[axis]} '
-                f'devices of mesh axis {axis!r}; leave that axis None.'
+                f'{path} has shape {shape}: {size} is not divisible by the {parts} devices of '
+                f'mesh axis {", ".join(map(repr, names))}; leave that axis None.'
             )

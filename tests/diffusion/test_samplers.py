@@ -27,6 +27,11 @@ SAMPLERS = {
     'ddim eta=1': ('ddim', {'eta': 1.0}),
     'dpm_solver': ('dpm_solver', {}),
 }
+# Sums of predictions: of eps and of v they are not the same, and their papers print no marginals.
+SUMMING = {'plms': ('plms', {}), 'pndm': ('pndm', {})}
+every_table = pytest.mark.parametrize(
+    'name, options', [*SAMPLERS.values(), *SUMMING.values()], ids=[*SAMPLERS, *SUMMING]
+)
 every_sampler = pytest.mark.parametrize('name, options', SAMPLERS.values(), ids=SAMPLERS)
 
 
@@ -73,7 +78,7 @@ def run(sampler, predict, x_T, noises):
 
 def assert_close(ours, theirs, tolerance):
     error = np.max(np.abs(np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)))
-    error /= np.max(np.abs(np.asarray(theirs)))
+    error /= np.max(np.abs(np.asarray(theirs))) or 1.0
     assert error < tolerance, f'{error:.2e} >= {tolerance:.2e}'
 
 
@@ -109,115 +114,7 @@ def test_clipped_ddim_equals_float64_oracle():
     assert_close(ours, theirs, 20 * STEP_TOLERANCE)
 
 
-def in_float64(scheduler):
-    import torch
-
-    scheduler.alphas_cumprod = torch.from_numpy(TABLE)
-    scheduler.one = torch.ones((), dtype=torch.float64)
-    if hasattr(scheduler, 'final_alpha_cumprod'):
-        to_one = scheduler.config.set_alpha_to_one
-        scheduler.final_alpha_cumprod = scheduler.one if to_one else scheduler.alphas_cumprod[0]
-    return scheduler
-
-
-def run_diffusers(scheduler, x_T, step_options, *, prediction='epsilon'):
-    import torch
-
-    x, xs = torch.from_numpy(x_T.astype(np.float64)), []
-    for i, t in enumerate(scheduler.timesteps.tolist()):
-        output = eps_of(x.numpy(), t)
-        if prediction == 'v_prediction':
-            output = (output - np.sqrt(1 - TABLE[t]) * x.numpy()) / np.sqrt(TABLE[t])
-        x = scheduler.step(torch.from_numpy(output), t, x, **step_options(i)).prev_sample
-        xs.append(x.numpy())
-    return np.stack(xs)
-
-
-@pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction'])
-@pytest.mark.parametrize(
-    'eta, clip, to_one', [(0.0, None, True), (0.7, None, False), (0.0, 0.8, True)]
-)
-def test_ddim_equals_diffusers(eta, clip, to_one, prediction):
-    diffusers = pytest.importorskip('diffusers', reason='diffusers is the oracle here')
-    import torch
-
-    theirs = in_float64(
-        diffusers.DDIMScheduler(
-            clip_sample=clip is not None,
-            clip_sample_range=clip or 1.0,
-            set_alpha_to_one=to_one,
-            prediction_type=prediction,
-        )
-    )
-    theirs.set_timesteps(20)
-    x_T, noises = draws()
-    expected = run_diffusers(
-        theirs,
-        x_T,
-        lambda i: {
-            'eta': eta,
-            'use_clipped_model_output': True,
-            'variance_noise': torch.from_numpy(noises[i].astype(np.float64)) if eta else None,
-        },
-        prediction=prediction,
-    )
-    sampler = make_sampler(
-        'ddim',
-        SCHEDULE,
-        steps(spacing='leading'),
-        eta=eta,
-        clip_sample=clip,
-        final_alpha='one' if to_one else 'first',
-    )
-    ours = run(sampler, lambda x, t: eps_of(x, t, jnp), x_T, noises)
-    assert_close(ours, expected, 20 * STEP_TOLERANCE)
-
-
-@pytest.mark.parametrize('variance', ['fixed_small', 'fixed_large'])
-@pytest.mark.parametrize('clip', [None, 0.8])
-def test_ddpm_equals_diffusers(variance, clip, monkeypatch):
-    diffusers = pytest.importorskip('diffusers', reason='diffusers is the oracle here')
-    import torch
-    from diffusers.schedulers import scheduling_ddpm
-
-    theirs = in_float64(
-        diffusers.DDPMScheduler(
-            clip_sample=clip is not None, clip_sample_range=clip or 1.0, variance_type=variance
-        )
-    )
-    theirs.set_timesteps(20)
-    x_T, noises = draws()
-    queue = iter(noises.astype(np.float64))
-    monkeypatch.setattr(
-        scheduling_ddpm, 'randn_tensor', lambda *_, **__: torch.from_numpy(next(queue))
-    )
-    expected = run_diffusers(theirs, x_T, lambda i: {})
-    sampler = make_sampler(
-        'ddpm', SCHEDULE, steps(spacing='leading'), variance=variance, clip_sample=clip
-    )
-    ours = run(sampler, lambda x, t: eps_of(x, t, jnp), x_T, noises)
-    assert_close(ours, expected, 20 * STEP_TOLERANCE)
-
-
-@pytest.mark.parametrize('final_alpha, sigmas', [('one', 'zero'), ('first', 'sigma_min')])
-@pytest.mark.parametrize('num_steps', [1, 2, 10, 14, 15, 20])
-def test_dpm_solver_equals_diffusers(num_steps, final_alpha, sigmas):
-    diffusers = pytest.importorskip('diffusers', reason='diffusers is the oracle here')
-    theirs = in_float64(
-        diffusers.DPMSolverMultistepScheduler(
-            beta_schedule='scaled_linear', final_sigmas_type=sigmas
-        )
-    )
-    theirs.set_timesteps(timesteps=steps(num_steps).tolist())
-    x_T, noises = draws(num_steps=num_steps)
-    expected = run_diffusers(theirs, x_T, lambda i: {})
-    sampler = make_sampler('dpm_solver', SCHEDULE, steps(num_steps), final_alpha=final_alpha)
-    ours = run(sampler, lambda x, t: eps_of(x, t, jnp), x_T, noises)
-    # Its sigmas and its x are float32 too, whatever the input: twice the roundings.
-    assert_close(ours, expected, 2 * num_steps * STEP_TOLERANCE)
-
-
-@every_sampler
+@every_table
 def test_the_image_comes_back_when_eps_is_the_true_one(name, options):
     image = jnp.asarray(draws(seed=3)[0])
     table = jnp.asarray(TABLE, jnp.float32)
@@ -305,12 +202,15 @@ def test_v_and_eps_networks_give_the_same_trajectory(name, options):
     )
 
 
-@every_sampler
+@every_table
 def test_one_position_per_image_equals_one_for_all(name, options):
     sampler = make_sampler(name, SCHEDULE, steps(), **options)
     x_T, noises = draws()
     x_T, noise = jnp.asarray(x_T), jnp.asarray(noises[0])
-    carry = samplers.Carry(x_T, 0.3 * x_T if sampler.init(x_T).x_0 is not None else None)
+    # Every leaf different, as in the midst of a trajectory.
+    leaves, structure = jax.tree.flatten(sampler.init(x_T))
+    leaves = [leaf + 0.3 * k * noises[k] for k, leaf in enumerate(leaves)]
+    carry = jax.tree.unflatten(structure, leaves)
     positions = jnp.asarray([0, 19, 7, 7])
     together = sampler.step(carry, noise, positions, noise)
     for b, i in enumerate(positions):
@@ -346,13 +246,13 @@ def test_images_do_not_depend_on_the_number_of_devices():
     assert_close(images(jax.device_put(keys, sharding)), images(keys), 5 * STEP_TOLERANCE)
 
 
-@every_sampler
+@every_table
 def test_one_compile_serves_every_step(name, options):
     sampler = make_sampler(name, SCHEDULE, steps(), **options)
     step = jax.jit(sampler.step)
     x_T = jnp.asarray(draws()[0])
     carry = sampler.init(x_T)
-    for i in range(20):
+    for i in range(len(sampler.timesteps)):
         carry = step(carry, x_T, i, x_T)
     assert step._cache_size() == 1
 
@@ -372,16 +272,19 @@ def test_the_loop_traces_the_network_once_and_visits_the_timesteps_in_order():
     assert aux['size'].shape == (20, SHAPE[0])
 
 
-@pytest.mark.parametrize('name, options', [('ddim', {'eta': 1.0}), ('dpm_solver', {})])
+@pytest.mark.parametrize(
+    'name, options', [('ddim', {'eta': 1.0}), ('dpm_solver', {}), ('plms', {})]
+)
 def test_a_trajectory_can_be_taken_up_at_any_position(name, options):
     sampler = make_sampler(name, SCHEDULE, steps(), **options)
     keys, x_T = keys_of(SHAPE[0]), jnp.asarray(draws()[0])
     x_0, carries = trajectory(predict, sampler, x_T, keys)
+    num_rows = len(sampler.timesteps)
     np.testing.assert_array_equal(carries.x[0], x_T)
-    assert carries.x.shape == (20, *SHAPE)
+    assert carries.x.shape == (num_rows, *SHAPE)
     assert_close(sample(predict, sampler, x_T, keys)[0], x_0, REORDER_TOLERANCE)
-    carry = jax.tree.map(lambda leaf: leaf[17], carries)
-    for i in range(17, 20):
+    carry = jax.tree.map(lambda leaf: leaf[-3], carries)
+    for i in range(num_rows - 3, num_rows):
         noise = samplers.step_noise(keys, i, SHAPE[1:])
         carry = sampler.step(carry, eps_of(carry.x, sampler.timesteps[i], jnp), i, noise)
     assert_close(carry.x, x_0, 3 * STEP_TOLERANCE)
@@ -448,11 +351,17 @@ def test_noisy_image_has_the_forward_moments():
 @pytest.mark.parametrize(
     'name, options, message',
     [
-        ('plms', {}, "name='plms': expected one of ddpm, ddim, dpm_solver"),
+        ('heun', {}, "name='heun': expected one of ddpm, ddim, dpm_solver, plms, pndm, euler"),
+        ('ddim', {'variance': 'learned_range'}, "option of 'ddpm', not of 'ddim'"),
+        ('ddim', {'final_order': 'first'}, "option of 'dpm_solver', not of 'ddim'"),
+        ('dpm_solver', {'final_order': 'third'}, "final_order='third': expected one of auto"),
+        ('ddim', {'scale_initial_noise': True}, "option of 'euler', not of 'ddim'"),
+        ('plms', {'sigmas': np.ones(20)}, "option of 'dpm_solver' and 'euler', not of 'plms'"),
+        ('euler', {'sigmas': np.ones(20)}, 'one per timestep, strictly descending and above 0'),
         ('ddpm', {'eta': 0.5}, "eta=0.5 with 'ddpm'"),
         ('ddim', {'eta': 1.5}, r'a value in \[0, 1\]'),
         ('ddim', {'variance': 'fixed_large'}, "option of 'ddpm'"),
-        ('ddpm', {'variance': 'learned'}, "variance='learned': expected one of fixed_small"),
+        ('ddpm', {'variance': 'learned'}, "variance='learned': expected one of fixed_small, "),
         ('ddim', {'prediction': 'x_0'}, "prediction='x_0': expected one of eps, v"),
         ('ddim', {'final_alpha': 'zero'}, "final_alpha='zero': expected one of one, first"),
         ('ddim', {'clip_sample': 0.0}, 'clip_sample=0.0'),
@@ -469,6 +378,62 @@ def test_impossible_samplers_are_refused(name, options, message):
 def test_impossible_timesteps_are_refused(timesteps):
     with pytest.raises(ValueError, match='strictly descending, in 0..999'):
         make_sampler('ddim', SCHEDULE, np.array(timesteps))
+
+
+@pytest.mark.parametrize('name, fewest', [('plms', 2), ('pndm', 4)])
+def test_too_few_steps_for_a_sum_of_predictions_are_refused(name, fewest):
+    make_sampler(name, SCHEDULE, steps(fewest))
+    with pytest.raises(ValueError, match=f'expected at least {fewest}'):
+        make_sampler(name, SCHEDULE, steps(fewest - 1))
+
+
+def test_karras_levels_are_for_rules_that_go_by_the_level_of_noise():
+    with pytest.raises(ValueError, match="'karras' with name='ddim'.*expected one of dpm_solver"):
+        samplers.make_spaced_sampler('ddim', SCHEDULE, 20, spacing='karras')
+
+
+@pytest.mark.parametrize('given, learned, expected', [(6, False, 3), (3, True, 6), (4, True, 6)])
+def test_a_prediction_of_the_wrong_width_is_refused(given, learned, expected):
+    variance = 'learned_range' if learned else 'fixed_small'
+    sampler = make_sampler('ddpm', SCHEDULE, steps(), variance=variance)
+    x_T = jnp.zeros((2, 4, 4, 3))
+    message = f'has {given} channels, the images 3: expected a prediction of {expected} channels'
+    with pytest.raises(ValueError, match=message):
+        sampler.step(sampler.init(x_T), jnp.zeros((2, 4, 4, given)), 0, x_T)
+
+
+def test_learned_variances_lie_between_the_fixed_ones():
+    x_T, (noise, *_) = map(jnp.asarray, draws())
+    fixed = {
+        name: make_sampler('ddpm', SCHEDULE, steps(), variance=name)
+        for name in ('fixed_small', 'fixed_large', 'learned_range')
+    }
+    for i in (0, 7, 18, 19):
+
+        def moved(name, *place, i=i):
+            prediction = jnp.concatenate([x_T, *(jnp.full_like(x_T, p) for p in place)], axis=-1)
+            return fixed[name].step(fixed[name].init(x_T), prediction, i, noise).x
+
+        for place, name in ((-1, 'fixed_small'), (1, 'fixed_large')):
+            assert_close(moved('learned_range', place), moved(name), STEP_TOLERANCE)
+
+
+@pytest.mark.parametrize('name', ['ddpm', 'plms', 'pndm'])
+def test_images_that_start_anew_do_not_hear_of_the_past(name):
+    sampler = make_sampler(name, SCHEDULE, steps())
+    x_T, noises = draws()
+    x_T = jnp.asarray(x_T)
+    fresh = sampler.init(x_T)
+    spoilt = fresh._replace(
+        remembered=jax.tree.map(lambda leaf: leaf + 9.0, fresh.remembered),
+    )
+    for carry_now in (fresh, spoilt):
+        carry = carry_now
+        for i in range(8):
+            carry = one_step(sampler, carry, jnp.asarray(noises[i]), i, jnp.asarray(noises[-1]))
+        if carry_now is fresh:
+            expected = carry.x
+    assert_close(carry.x, expected, 8 * STEP_TOLERANCE)
 
 
 def test_missing_noise_is_refused():
@@ -491,13 +456,13 @@ def test_a_sampler_is_a_pytree_of_tables():
 
 
 @pytest.mark.parametrize('prediction', ['eps', 'v'])
-@every_sampler
+@every_table
 def test_the_gain_is_how_far_a_step_moves_per_unit_of_prediction(name, options, prediction):
     timesteps = np.array([900, 500, 100, 1], np.int32)
     sampler = samplers.make_sampler(name, Schedule(), timesteps, prediction=prediction, **options)
     gain = np.asarray(samplers.prediction_gain(sampler))
     x, zero = jnp.full((1, 1), 0.5), jnp.zeros((1, 1))
-    for i in range(len(timesteps)):
+    for i in range(len(sampler.timesteps)):
         carry = sampler.init(x)
         moved = sampler.step(carry, x, i, zero).x - sampler.step(carry, zero, i, zero).x
         # Differences of float32 numbers whose terms are as large as 1 / alpha = 90.

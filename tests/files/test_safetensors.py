@@ -105,3 +105,13 @@ def test_what_is_no_index_is_refused(tmp_path, content, text):
     path.write_text(content)
     with pytest.raises(ValueError, match=text):
         open_safetensors(path)
+
+
+def test_a_shape_is_known_without_reading_the_tensor(tmp_path, monkeypatch):
+    file = tmp_path / 'a.safetensors'
+    save_file({'a': np.zeros((2, 3), np.float32), 'b': np.zeros((), np.int32)}, file)
+    reader = open_safetensors(file)
+    monkeypatch.setattr(type(reader), '__getitem__', None)
+    assert reader.shape_of('a') == (2, 3) and reader.shape_of('b') == ()
+    with pytest.raises(KeyError, match="no tensor 'c'"):
+        reader.shape_of('c')

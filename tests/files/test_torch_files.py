@@ -449,3 +449,22 @@ def test_torchscript_is_refused(tmp_path):
 
 def test_nothing_of_python_pickle_is_used():
     assert not hasattr(torch_files, 'pickle')
+
+
+def test_memory_that_was_given_back_is_read_again(tmp_path):
+    torch = pytest.importorskip('torch', reason='writes the file that is read without it')
+    numbers = np.arange(10_000, dtype=np.float32)
+    torch.save({'a': torch.from_numpy(numbers)}, tmp_path / 'a.pt')
+    array = load(tmp_path / 'a.pt')['a']
+    np.testing.assert_array_equal(array, numbers)
+    torch_files.release(array)
+    np.testing.assert_array_equal(array, numbers)
+
+
+def test_only_memory_of_a_file_is_given_back():
+    anonymous = mmap.mmap(-1, 4096)
+    array = np.frombuffer(anonymous, np.uint8)
+    array[:] = 7
+    torch_files.release(array)
+    torch_files.release(np.ones(3))
+    assert (array == 7).all()

@@ -8,10 +8,13 @@ from flax import traverse_util
 
 from dmq_jax import denoisers, exporting, finetune, methods
 from dmq_jax.config import (
+    BlockLearningConfig,
     EfficientDMConfig,
     FinetuneConfig,
+    QDiffusionConfig,
     RoundToNearestConfig,
     SamplerConfig,
+    TuneQDMConfig,
 )
 from dmq_jax.diffusion.schedule import Schedule
 from dmq_jax.methods import base
@@ -27,6 +30,10 @@ CONFIGS = [
         lora_rank=4, lora_rate_per_scale=0.03, weight_scale_learning_rate=5e-3,
         input_scale_learning_rate=1e-2, zero_point_learning_rate=5e-2,
     ),
+    QDiffusionConfig(
+        learning=BlockLearningConfig(rounding_learning_rate=0.2, input_scale_learning_rate=2e-2)
+    ),
+    TuneQDMConfig(learning_rate=2e-2),
 ]  # fmt: skip
 IDS = [config.name for config in CONFIGS]
 LEARNABLE = [config for config in CONFIGS if not isinstance(config, RoundToNearestConfig)]
@@ -78,8 +85,12 @@ def teacher():
 def plan(teacher):
     """EfficientDM's coverage, with the products of one attention block quantized as well."""
     edge = spec(8, per_timestep=False, trainable=False)
-    products = Rule(pattern='mid/.*/(scores|mix)', spec=spec(4))
-    return make_plan(denoisers.quantizable(teacher), [products, *paper_rules(spec(4), edge)])
+    softmax = QuantSpec(bits=8, symmetric=False, observer='minmax')
+    products = [
+        Rule(pattern='mid/.*/scores', spec=spec(4)),
+        Rule(pattern='mid/.*/mix', spec=spec(4, lhs=softmax)),
+    ]
+    return make_plan(denoisers.quantizable(teacher), [*products, *paper_rules(spec(4), edge)])
 
 
 @pytest.fixture(scope='module')
@@ -103,7 +114,7 @@ class Trained:
 
     def __init__(self, config, teacher, plan, stats, images):
         self.config = config
-        self.method = methods.make(config, plan)
+        self.method = methods.make(config, plan, INFO.schedule.num_train_timesteps)
         self.init = jax.jit(self.method.init, compiler_options=FAST_COMPILE)
         self.start = self.init(teacher.params, stats, jax.random.key(0))
         self.bind = jax.jit(self.method.bind, compiler_options=FAST_COMPILE)
@@ -155,6 +166,19 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a[name], b[name], err_msg=name)
 
 
+def moved_layers(trained, first):
+    """Layers with a weight of which anything that is bound has changed."""
+
+    def parts(bound, path):
+        return bound.weights[path], bound.tables.get(path), bound.channels.get(path)
+
+    def same(path):
+        pairs = zip(*(leaves(parts(b, path)).values() for b in (first, trained.bound)), strict=True)
+        return all(np.array_equal(a, b) for a, b in pairs)
+
+    return {path for path in first.weights if not same(path)}
+
+
 def test_every_method_is_tested_here():
     assert {type(config) for config in CONFIGS} == set(methods.METHODS)
 
@@ -190,8 +214,8 @@ def test_codes_are_integers_on_their_grid_with_positive_scales(trained, plan):
         assert qmin <= codes.min() and codes.max() <= qmax
         assert float(weight.scale.min()) > 0
     for path, roles in trained.bound.tables.items():
-        qmin, qmax = plan[path].inputs.grid
-        for table in roles.values():
+        for role, table in roles.items():
+            qmin, qmax = plan[path].activation(role).grid
             zeros = np.asarray(table['zero_point'])
             np.testing.assert_array_equal(zeros, np.rint(zeros))
             assert qmin <= zeros.min() and zeros.max() <= qmax
@@ -215,7 +239,7 @@ def test_gradients_are_finite_and_reach_every_learnable_group(trained):
     for name, gradient in leaves(trained.gradients).items():
         assert np.isfinite(gradient).all(), name
     if trained.config in LEARNABLE:
-        for group in ('lora', 'weight', 'input'):
+        for group in trained.gradients.keys() - {'affine', 'calibrated'}:
             share = np.mean([g.any() for g in leaves(trained.gradients[group]).values()])
             # At one timestep a zero point has a gradient only where something is clipped.
             assert share > 0.5, f'{group}: {share:.0%} of the tensors have a gradient'
@@ -230,10 +254,7 @@ def test_what_is_not_trainable_does_not_move(trained, plan, teacher):
         assert_same(first.tables[path], trained.bound.tables[path])
     if trained.config in LEARNABLE:
         assert_same(trained.start['calibrated'], trained.state['calibrated'])
-        moved = [p for p in first.weights if not np.array_equal(
-            first.weights[p].scale, trained.bound.weights[p].scale
-        )]  # fmt: skip
-        assert set(moved) == set(first.weights) - set(fixed)
+        assert moved_layers(trained, first) == set(first.weights) - set(fixed)
     else:
         assert_same(trained.start, trained.state)
 
@@ -257,6 +278,7 @@ def test_an_export_predicts_what_the_student_predicts(trained, teacher, plan, im
 
     # Given back as float32: the parameters, and so the predictions, are the very same numbers.
     assert_same(fake.params['tables'], student.params['tables'])
+    assert_same(fake.params['channels'], student.params['channels'])
     for path in trained.bound.weights:
         got, want = (base.get_kernel(d.params['params'], path) for d in (fake, student))
         np.testing.assert_array_equal(got, want, err_msg=path)

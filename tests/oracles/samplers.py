@@ -59,3 +59,66 @@ def dpm_solver(predict, timesteps, abar, x, noises):
             previous_image, previous_h = image, h
         xs.append(x)
     return np.stack(xs)
+
+
+def plms(predict, timesteps, abar, x):
+    """Latent diffusion's PLMS: improved Euler, then Adams-Bashforth; x after each timestep."""
+
+    def move(x, eps, i):
+        image = (x - np.sqrt(1 - abar[i]) * eps) / np.sqrt(abar[i])
+        return np.sqrt(abar[i + 1]) * image + np.sqrt(1 - abar[i + 1]) * eps
+
+    xs, past = [], []
+    for i, t in enumerate(timesteps):
+        eps = predict(x, t)
+        match len(past):
+            case 0:
+                blend = (eps + predict(move(x, eps, i), timesteps[i + 1])) / 2
+            case 1:
+                blend = (3 * eps - past[-1]) / 2
+            case 2:
+                blend = (23 * eps - 16 * past[-1] + 5 * past[-2]) / 12
+            case _:
+                blend = (55 * eps - 59 * past[-1] + 37 * past[-2] - 9 * past[-3]) / 24
+        past.append(eps)
+        x = move(x, blend, i)
+        xs.append(x)
+    return np.stack(xs)
+
+
+def adm(predict, visited, abar, x, noises, *, clip):
+    """ADM's `p_sample` of a respaced process with a learned range of variances.
+
+    `visited` ascends, `abar` belongs to it; `predict(x, t)` returns eps and a value in [-1, 1]. The
+    process is made anew from the betas between the timesteps kept, as ADM does.
+    """
+    betas = 1 - abar / np.append(1.0, abar[:-1])
+    kept = np.cumprod(1 - betas)
+    before = np.append(1.0, kept[:-1])
+    posterior = betas * (1 - before) / (1 - kept)
+    log_low = np.log(np.append(posterior[1], posterior[1:]))
+    xs = []
+    for i in reversed(range(len(visited))):
+        eps, place = predict(x, visited[i])
+        image = np.sqrt(1 / kept[i]) * x - np.sqrt(1 / kept[i] - 1) * eps
+        image = np.clip(image, -clip, clip)
+        mean = betas[i] * np.sqrt(before[i]) / (1 - kept[i]) * image
+        mean += (1 - before[i]) * np.sqrt(1 - betas[i]) / (1 - kept[i]) * x
+        share = (place + 1) / 2
+        log_variance = share * np.log(betas[i]) + (1 - share) * log_low[i]
+        noise = noises[len(visited) - 1 - i]
+        x = mean + (np.exp(log_variance / 2) * noise if i else 0.0)
+        xs.append(x)
+    return np.stack(xs)
+
+
+def adm_timesteps(num_timesteps, sections):
+    """ADM's respacing: equal sections, the first ones longer by the remainder, strided evenly."""
+    lengths = [len(part) for part in np.array_split(np.arange(num_timesteps), len(sections))]
+    begins = np.cumsum([0, *lengths])
+    visited = []
+    for begin, length, count in zip(begins, lengths, sections, strict=False):
+        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        places = np.cumsum([0.0] + [stride] * (count - 1))
+        visited += [int(begin) + round(float(place)) for place in places]
+    return visited

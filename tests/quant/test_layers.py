@@ -6,9 +6,10 @@ import pytest
 
 from dmq_jax.models import tap
 from dmq_jax.quant import layers, numerics, observers
+from dmq_jax.quant.integer import integer_weight
 from dmq_jax.quant.plan import LayerSpec
 from dmq_jax.quant.rows import at_timestep
-from dmq_jax.quant.tensor import QuantSpec
+from dmq_jax.quant.tensor import QuantSpec, pack
 
 EPS = float(np.finfo(np.float32).eps)
 FAST_COMPILE = {'xla_backend_optimization_level': 0}  # tiny tensors: compiling is all the time
@@ -442,3 +443,58 @@ def test_attention_whose_products_stay_float_stays_in_one_piece():
         return str(jax.make_jaxpr(run)(params, x))
 
     assert program(plan) == program()
+
+
+WEIGHT = QuantSpec(bits=4, symmetric=True, per_channel=True, observer='minmax')
+
+
+@pytest.mark.parametrize('module, shape', [
+    (nn.Dense(5), (2, 3)), (nn.Conv(5, (3, 3)), (2, 4, 4, 3)),
+], ids=['dense', 'conv'])  # fmt: skip
+def test_factors_of_channels_rescale_the_rounded_kernel_in_every_mode(module, shape):
+    rng = np.random.default_rng(5)
+    x = jnp.asarray(rng.standard_normal(shape).astype(np.float32))
+    params = random_params(module, x)
+    scale, zero_point = observers.calibrate_weight(params['kernel'], WEIGHT)
+    codes = numerics.quantize(params['kernel'], scale, zero_point, *WEIGHT.grid)
+    kernel = numerics.dequantize(codes, scale, zero_point)
+    # Each image has factors of its own, as where each is at a timestep of its own.
+    ends = {'input': rng.uniform(0.5, 2, (2, 3)), 'output': rng.uniform(0.5, 2, (2, 5))}
+    channels = {end: jnp.asarray(factor.astype(np.float32)) for end, factor in ends.items()}
+    want = []
+    for i in range(2):
+        both = ends['input'][i][:, None] * ends['output'][i]
+        rescaled = jnp.asarray((np.asarray(kernel) * both).astype(np.float32))
+        want.append(module.apply({'params': {**params, 'kernel': rescaled}}, x[i : i + 1]))
+    plan = {'': LayerSpec(weight=WEIGHT, inputs=None)}
+    weight = {'codes': codes, 'scale': scale, 'zero_point': zero_point}
+    packed = pack(codes, scale, zero_point, spec=WEIGHT)
+    rounded = {'kernel': kernel, 'bias': params['bias']}
+    entries = [
+        (layers.fake_quantized, rounded, {'channels': channels}),
+        (layers.fake_quantized, rounded, {'channels': channels, 'weight': weight}),
+        (layers.integer, {'bias': params['bias']},
+         {'channels': channels, 'weight': integer_weight(packed)}),
+    ]  # fmt: skip
+    for context, params, quant in entries:
+        with context(plan):
+            got = module.apply({'params': params, 'quant': quant}, x)
+        # Float32 sums of up to 27 products, in another order.
+        np.testing.assert_allclose(
+            got, np.concatenate(want), atol=27 * EPS * float(jnp.max(jnp.abs(got)))
+        )
+
+
+def test_calls_are_recorded_with_inputs_before_rounding_and_run_by_themselves():
+    network, x = NETWORK, X
+    with layers.recorded_calls(lambda path: path in ('conv', 'block')) as calls:
+        plain = network.apply({'params': PARAMS}, x, 0)
+    assert list(calls) == ['conv', 'block']
+    np.testing.assert_array_equal(calls['conv'].args[0], x)
+    call = calls['block']
+    again = call.module.apply({'params': PARAMS['block']}, *call.args, **call.kwargs)
+    np.testing.assert_array_equal(again, call.output)
+    assert plain.shape[-1] == 2
+    with layers.recorded_calls(lambda path: path == 'conv') as calls:
+        run_fake(0)
+    np.testing.assert_array_equal(calls['conv'].args[0], x)

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmq_jax.quant.rows import at_timestep
+from dmq_jax.quant.rows import at_timestep, scale_channels
 
 EPS = float(np.finfo(np.float32).eps)
 TIMESTEPS = jnp.asarray([90, 60, 30, 0], jnp.int32)
@@ -60,3 +60,18 @@ def test_a_single_row_serves_every_timestep(lookup):
 def test_an_unknown_lookup_is_refused():
     with pytest.raises(ValueError, match="timestep_lookup='cubic': expected 'nearest'"):
         at_timestep(jnp.zeros(4), TIMESTEPS, 0, lookup='cubic')
+
+
+def test_factors_of_channels_multiply_the_last_axis_for_all_images_or_for_each():
+    x = np.arange(24, dtype=np.float32).reshape(2, 2, 2, 3)
+    one, each = np.float32([1, 2, 4]), np.float32([[1, 2, 4], [3, 5, 7]])
+    channels = {'input': jnp.asarray(one), 'output': jnp.asarray(each)}
+    np.testing.assert_array_equal(scale_channels(x, channels, 'input'), x * one)
+    want = x * each[:, None, None, :]
+    np.testing.assert_array_equal(scale_channels(x, channels, 'output'), want)
+
+
+def test_a_layer_without_factors_is_left_alone():
+    x = jnp.ones((2, 3))
+    assert scale_channels(x, None, 'input') is x
+    assert scale_channels(x, {'output': jnp.ones(3)}, 'input') is x

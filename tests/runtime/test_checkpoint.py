@@ -127,7 +127,7 @@ def test_a_checkpoint_of_another_configuration_is_refused(tmp_path, like):
             checkpoints.restore(1, like)
 
 
-def test_a_half_written_checkpoint_is_skipped(tmp_path):
+def test_a_half_written_checkpoint_is_skipped_with_a_warning(tmp_path, caplog):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(100, training_state(1.0))
     # What a kill leaves: orbax writes into a folder of this name and renames it at the end.
@@ -140,6 +140,68 @@ def test_a_half_written_checkpoint_is_skipped(tmp_path):
         checkpoints.save(200, training_state(2.0))
         checkpoints.wait()
         assert checkpoints.latest() == 200
+    assert 'checkpoint 200' in caplog.text and 'half written' in caplog.text
+
+
+DAMAGED = """
+import os, pathlib, sys
+import jax.numpy as jnp
+from dmq_jax.runtime.checkpoint import Checkpoints
+
+folder = pathlib.Path(sys.argv[1])
+state = {'x': (jnp.arange(1000.0), {}), 'step': jnp.zeros((), jnp.int32)}
+
+def damage(step):
+    for file in (f for f in (folder / step).rglob('d/*') if f.is_file()):
+        os.truncate(file, file.stat().st_size // 2)
+
+def attempt(like):
+    with Checkpoints(folder) as checkpoints:
+        try:
+            restored = checkpoints.restore_latest(like)
+            return restored and int(restored['step'])
+        except ValueError as error:
+            return str(error)
+
+print(attempt(state))
+with Checkpoints(folder) as checkpoints:
+    for step in (1, 2):
+        checkpoints.save(step, state | {'step': jnp.asarray(step)})
+damage('2')
+print(attempt(state))
+damage('1')
+print(attempt(state))
+print((folder / '1').is_dir(), (folder / '2').is_dir())
+os._exit(0)  # orbax leaves failed reads behind, of which Python would tell at the end
+"""
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_but_the_last_is_kept(tmp_path):
+    done = subprocess.run(
+        [sys.executable, '-u', '-c', DAMAGED, tmp_path / 'run'],
+        env={**os.environ, 'PYTHONPATH': str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    nothing, before, refused, *rest = done.stdout.splitlines()
+    assert (nothing, before) == ('None', '1'), done.stderr
+    assert refused.startswith(f'Checkpoint 1 in {tmp_path}/run is damaged, and there is no other')
+    assert rest[-1] == 'True False'
+    assert f'checkpoint 2 in {tmp_path}/run is damaged and is deleted' in done.stderr
+
+
+def test_the_latest_checkpoint_of_another_configuration_is_refused_not_deleted(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore_latest({'x': jnp.zeros(2)}) is None
+        for step in (1, 2):
+            checkpoints.save(step, {'x': jnp.zeros(2)})
+        checkpoints.wait()
+        for like in (
+            {'x': jnp.zeros(3)},
+            {'y': jnp.zeros(2)},
+            {'x': jnp.zeros(2), 'y': jnp.zeros(1)},
+        ):
+            with pytest.raises(ValueError, match='use another --workdir'):
+                checkpoints.restore_latest(like)
+        assert checkpoints.latest() == 2
 
 
 WRITER = """

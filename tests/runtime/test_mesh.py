@@ -14,21 +14,63 @@ PARAMS = {'conv': {'kernel': jnp.ones((8, 4)), 'bias': jnp.ones(4)}, 'scale': jn
 
 
 def test_minus_one_takes_every_device():
-    assert mesh_lib.make_mesh().shape == {'data': jax.device_count()}
+    assert mesh_lib.make_mesh().shape == {'data': jax.device_count(), 'fsdp': 1, 'tensor': 1}
+    assert mesh_lib.make_mesh(2, -1).shape == {'data': 2, 'fsdp': 4, 'tensor': 1}
+    assert mesh_lib.make_mesh(-1, 2, 2).shape == {'data': 2, 'fsdp': 2, 'tensor': 2}
 
 
 def test_a_mesh_can_be_smaller_than_the_machine():
-    assert mesh_lib.make_mesh(2).shape == {'data': 2}
+    assert mesh_lib.make_mesh(2).devices.size == 2
+    assert mesh_lib.make_mesh(1, 2, 3).devices.shape == (1, 2, 3)
 
 
 def test_the_compiler_partitions_the_axes():
-    assert mesh_lib.make_mesh().axis_types == (AxisType.Auto,)
+    assert set(mesh_lib.make_mesh().axis_types) == {AxisType.Auto}
 
 
 @pytest.mark.parametrize('data', [0, 9, -2])
 def test_more_devices_than_there_are_is_an_error(data):
     with pytest.raises(ValueError, match=f'data={data}: expected 1..8'):
         mesh_lib.make_mesh(data)
+
+
+@pytest.mark.parametrize('sizes', [(-1, -1, 1), (4, 4, 1), (-1, 3, 1)])
+def test_axes_that_the_devices_cannot_make_are_refused(sizes):
+    with pytest.raises(ValueError, match='a product that 8 devices can make'):
+        mesh_lib.make_mesh(*sizes)
+
+
+@pytest.mark.parametrize(
+    'shape, spec',
+    [
+        ((3, 3, 8, 4), (None, None, 'fsdp', 'tensor')),
+        ((3, 3, 3, 6), (None, None, None, 'tensor')),
+        ((16, 8, 3), ('fsdp', None, None)),
+        ((8, 8), ('fsdp', 'tensor')),
+        ((7, 9), (None, None)),
+        ((64,), (None,)),
+        ((), ()),
+    ],
+)
+def test_a_spread_takes_what_divides_and_leaves_the_rest_whole(shape, spec):
+    spread = mesh_lib.Spread(largest='fsdp', last='tensor')
+    assert spread.spec(shape, mesh_lib.make_mesh(1, 4, 2)) == spec
+
+
+def test_weights_fall_with_fsdp_and_batches_are_split_by_it_too():
+    mesh = mesh_lib.make_mesh(2, 4)
+    placed = mesh_lib.shard_weights(mesh, PARAMS)
+    sizes = {s.data.size for s in placed['conv']['kernel'].addressable_shards}
+    assert sizes == {PARAMS['conv']['kernel'].size // 4}
+    batch = mesh_lib.shard_batch(mesh, np.zeros((16, 3)))
+    assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 3)}
+
+
+def test_functions_of_whole_weights_are_values():
+    mesh = mesh_lib.make_mesh(1, 8)
+    assert mesh_lib.on_whole(mesh, len) == mesh_lib.on_whole(mesh, len)
+    assert hash(mesh_lib.on_whole(mesh, len)) == hash(mesh_lib.on_whole(mesh, len))
+    assert mesh_lib.on_whole(mesh_lib.make_mesh(8), len) is len
 
 
 def test_a_batch_is_split_over_its_first_axis_only():
@@ -100,7 +142,7 @@ def test_shardings_apply_to_abstract_trees():
         ([('.*', ()), ('conv/.*', ())], "match no path first: ['conv/.*']"),
         ([('.*', (None, None))], 'conv/bias has shape (4,)'),
         ([('conv/bias', ('data',)), ('.*', ())], '4 is not divisible by the 8 devices'),
-        ([('conv/bias', ('model',)), ('.*', ())], "no mesh axis 'model'; expected data"),
+        ([('conv/bias', ('model',)), ('.*', ())], "no mesh axis 'model'; expected data, fsdp"),
     ],
 )
 def test_rules_that_cannot_be_followed_are_refused(rules, text):

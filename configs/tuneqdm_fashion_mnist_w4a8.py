@@ -1,0 +1,26 @@
+"""Fashion-MNIST at W4A8, tuned on images by scales alone: PEQA, and TuneQDM with 2 experts.
+
+    CONFIG=configs/tuneqdm_fashion_mnist_w4a8.py:FOLDER
+    python -m dmq_jax.main --config=$CONFIG --workdir=runs/tuneqdm
+
+FOLDER holds the user's images, in one subfolder per class or all of class 0; it may be an .npz as
+well, such as the one that `configs/prepare_fashion_mnist.py` writes. Every layer is quantized, as
+in the paper, whose activations stay in float: `--config.students.tuneqdm.quant.activation_bits=32`.
+"""
+
+from dmq_jax.config import base, student
+
+
+def get_config(images: str = 'data/fashion_mnist.npz'):
+    """Options of the run on `images`; all defaults are in `dmq_jax.config`."""
+    quant = {'weight_bits': 4, 'activation_bits': 8, 'coverage': 'full'}
+    adapt = {'num_iterations': 400, 'images': images}
+    config = base()
+    config.students = {
+        'rtn': student(quant=quant),
+        'peqa': student(
+            {'name': 'tuneqdm', 'scales': 'output', 'num_experts': 1}, quant=quant, adapt=adapt
+        ),
+        'tuneqdm': student('tuneqdm', quant=quant, adapt=adapt),
+    }
+    return config

@@ -1,0 +1,177 @@
+"""Fine-tuning of a quantized student on images of one's own, with the denoising loss.
+
+How a quantized model is made to draw a new subject or style (TuneQDM, arXiv:2401.04339): the loss
+is that of the network's own training (arXiv:2006.11239, eq. 14), at timesteps drawn for each image
+by itself, and only the state of the student's method is learnt.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from dmq_jax import denoisers
+from dmq_jax.config import AdaptConfig
+from dmq_jax.diffusion import samplers
+from dmq_jax.diffusion.schedule import alphas_cumprod
+from dmq_jax.methods.base import Method, Prediction, State
+from dmq_jax.quant.plan import Plan
+from dmq_jax.runtime import log, mesh
+from dmq_jax.runtime.checkpoint import Checkpoints
+from dmq_jax.runtime.progress import progress
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes, and so what a checkpoint holds."""
+
+    state: State
+    optimizer: PyTree
+    step: Int[Array, '']
+
+
+class Adapted(NamedTuple):
+    """The result: the method's state, and what it took."""
+
+    state: State
+    duration_s: float
+
+
+def make_loss(
+    teacher: denoisers.Denoiser,
+    method: Method,
+    plan: Plan,
+    timesteps: Int[np.ndarray, 'S'],
+    lookup: str,
+    label_dropout: float,
+) -> Callable[..., Float[Array, '']]:
+    """(state, params, images, labels, key) -> denoising loss; differentiable in the state.
+
+    Args:
+      teacher: network, schedule, classes.
+      method: of the state; its `loss` compares the prediction with what is to be predicted.
+      plan: what is quantized.
+      timesteps: of the rows of the state's tables.
+      lookup: how a row is found for other timesteps.
+      label_dropout: share of labels replaced by the null class.
+    """
+    info = teacher.info
+    student = denoisers.QuantizedPredict(teacher.network, tuple(plan.items()), lookup, 'fake')
+    predict = denoisers.guided(student, info, 1.0)
+
+    def loss(state, params, images, labels, key):
+        time_key, noise_key, label_key = jax.random.split(key, 3)
+        batch = images.shape[0]
+        t = jax.random.randint(time_key, (batch,), 0, info.schedule.num_train_timesteps)
+        noise = jax.random.normal(noise_key, images.shape)
+        if labels is not None and label_dropout:
+            dropped = jax.random.bernoulli(label_key, label_dropout, (batch,))
+            labels = jnp.where(dropped, denoisers.null_like(labels, info), labels)
+        alpha_cumprod = jnp.asarray(alphas_cumprod(info.schedule), jnp.float32)[t]
+        x_t = samplers.add_noise(images, noise, alpha_cumprod)
+        target = noise
+        if info.prediction == 'v':
+            target = samplers.velocity_target(images, noise, alpha_cumprod)
+        bound = denoisers.training_params(params, method.bind(params, state), timesteps)
+        return method.loss(Prediction(predict(bound, x_t, t, labels)), Prediction(target))
+
+    return loss
+
+
+def run(
+    teacher: denoisers.Denoiser,
+    method: Method,
+    state: State,
+    plan: Plan,
+    timesteps: Int[np.ndarray, 'S'],
+    lookup: str,
+    config: AdaptConfig,
+    *,
+    images: Float[np.ndarray, 'N H W C'],
+    labels: Int[np.ndarray, 'N'] | None,
+    key: Key[Array, ''],
+    workdir: Path,
+    device_mesh: mesh.Mesh,
+    description: str,
+) -> Adapted:
+    """Trains `state` for `num_iterations` steps, from the last checkpoint in `workdir`.
+
+    Args:
+      teacher: the float network.
+      method: of which `state` is the start.
+      state: from `method.init`, or learnt before.
+      plan: what is quantized.
+      timesteps: of the rows of the state's tables.
+      lookup: how a row is found for other timesteps.
+      config: iterations, batch.
+      images: in [-1, 1], of the teacher's size.
+      labels: their classes; None iff the teacher has none.
+      key: root key of batches, timesteps and noise.
+      workdir: receives checkpoints and `metrics.jsonl`.
+      device_mesh: where everything lies, whole on every device.
+      description: shown beside the progress.
+
+    Raises:
+      ValueError: the method compares features, which real images have none of.
+      FloatingPointError: the loss is not finite; names the step.
+    """
+    if method.features is not None:
+        raise ValueError(
+            "adapt: this method's loss compares features with the teacher's; choose loss='output'."
+        )
+    dropout = config.label_dropout if labels is not None else 0.0
+    loss = make_loss(teacher, method, plan, timesteps, lookup, dropout)
+    optimizer = method.optimizer(state, _cosine(config.num_iterations))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train_step(train, params, pixels, labels):
+        step_key = jax.random.fold_in(key, train.step)
+        indices = jax.random.randint(step_key, (config.batch_size,), 0, pixels.shape[0])
+        chosen = None if labels is None else labels[indices]
+        value, gradients = jax.value_and_grad(loss)(
+            train.state, params, pixels[indices], chosen, jax.random.fold_in(step_key, 1)
+        )
+        # optax raises a float to its int32 step count, which strict promotion forbids.
+        with jax.numpy_dtype_promotion('standard'):
+            updates, moments = optimizer.update(gradients, train.optimizer, train.state)
+        return TrainState(optax.apply_updates(train.state, updates), moments, train.step + 1), value
+
+    shared = mesh.replicate(device_mesh, (teacher.params, images, labels))
+    train = TrainState(state, optimizer.init(state), jnp.zeros((), jnp.int32))
+    # A copy: the step donates its state, and moments may be one array of zeros.
+    train = mesh.replicate(device_mesh, jax.tree.map(jnp.copy, train))
+    began, spent_s, losses = time.monotonic(), 0.0, []
+    with Checkpoints(workdir / 'checkpoints') as checkpoints, log.make_writer(workdir) as writer:
+        if (latest := checkpoints.latest()) is not None:
+            train, spent = checkpoints.restore(latest, like=(train, jnp.zeros(())))
+            spent_s = float(spent)
+        bar = progress(config.num_iterations, description, start=int(train.step))
+        for step in bar:
+            train, value = train_step(train, *shared)
+            losses.append(value)
+            done = step + 1
+            is_saved = done == config.num_iterations or done % config.checkpoint_every == 0
+            if is_saved or done % config.log_every == 0:
+                mean = float(np.mean(jax.device_get(losses)))
+                if not np.isfinite(mean):
+                    raise FloatingPointError(
+                        f'{description}: loss is {mean} at step {done}; lower the learning rate.'
+                    )
+                writer.write_scalars(done, {'loss': mean})
+                bar.note(f'loss {mean:.4g}')
+                losses = []
+            if is_saved:
+                now_s = spent_s + time.monotonic() - began
+                checkpoints.save(done, (train, jnp.asarray(now_s, jnp.float32)))
+    return Adapted(jax.device_get(train.state), spent_s + time.monotonic() - began)
+
+
+def _cosine(num_iterations: int) -> optax.Schedule:
+    """The learning rates' common factor, from 1 to 0 over the run."""
+    return optax.cosine_decay_schedule(1.0, max(num_iterations, 1))

@@ -1,0 +1,1 @@
+"""Checkpoints of other projects as float denoisers: what a file is, and what is made of it."""

@@ -1,0 +1,97 @@
+"""What a user may say of a checkpoint beside its path."""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a checkpoint is read.
+
+    Attributes:
+      num_classes: of a class table, of which row `num_classes` is then the null class.
+      settings: a published name or a JSON file; see `read_settings`.
+      components: a diffusers folder that holds what the checkpoint lacks.
+      ema: the moving average (True) or the weights (False); None as the original's samplers do.
+      dtype: of the denoiser's parameters, 'float32' or 'bfloat16'.
+      prompts: what a text-conditional network is asked for, one label each; None: nothing, in
+        one empty prompt.
+      negative_prompt: the null condition of guidance; None: the empty text.
+      shapes_only: parameters become `jax.ShapeDtypeStruct`: every tensor is checked, none is kept,
+        and no text encoder runs.
+    """
+
+    num_classes: int | None = None
+    settings: str | None = None
+    components: str | None = None
+    ema: bool | None = None
+    dtype: str = 'float32'
+    prompts: Sequence[str] | None = None
+    negative_prompt: str | None = None
+    shapes_only: bool = False
+
+    def reading(self) -> dict[str, Any]:
+        """The arguments of `torch_weights.read_params`: each tensor goes where it will stay."""
+        return {'dtype': jnp.dtype(self.dtype), 'put': _shape if self.shapes_only else place}
+
+
+def _shape(path: str, array: np.ndarray) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def place(path: str, array: np.ndarray) -> jax.Array:
+    """`array` on the default device, before the next one is read."""
+    return jax.block_until_ready(jnp.asarray(array))
+
+
+def read_settings(
+    options: Options, published: Mapping[str, Mapping[str, Any]]
+) -> tuple[str | None, dict[str, Any] | None, dict[str, Any]]:
+    """What `teacher.settings` says: a published name, settings of the network, of the process.
+
+    A JSON file holds `{"network": {...}, "process": {...}}`, either of which may be missing: the
+    first in the words of the original code (flags of guided diffusion, `unet_config.params` of
+    latent diffusion), the second in those of diffusers' `scheduler_config.json`, and `image_size`.
+
+    Args:
+      options: of which `settings`.
+      published: settings of networks by name.
+
+    Raises:
+      FileNotFoundError: neither a published name nor a file.
+      ValueError: a file that is no such JSON.
+    """
+    name = options.settings
+    if name is None:
+        return None, None, {}
+    if name in published:
+        return name, dict(published[name]), {}
+    file = Path(name)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f'teacher.settings={name!r}: neither a JSON file nor a published name; those of this '
+            f'kind are {", ".join(published) or "none"}.'
+        )
+    try:
+        content = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{file}: not a JSON file ({error}).') from error
+    known = {'network', 'process'}
+    if not isinstance(content, dict) or not content.keys() <= known:
+        raise ValueError(f'{file}: expected {{"network": {{...}}, "process": {{...}}}}.')
+    return None, content.get('network'), dict(content.get('process', {}))
+
+
+def unknown_settings(path: Path, what: str) -> ValueError:
+    """The error for a checkpoint that does not tell what its network needs."""
+    return ValueError(
+        f'{path}: {what}; give teacher.settings, a JSON file '
+        f'{{"network": {{...}}, "process": {{...}}}} or a published name.'
+    )

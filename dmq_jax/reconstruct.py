@@ -1,0 +1,450 @@
+"""Block reconstruction: a student learns one block of the network after the other.
+
+BRECQ (arXiv:2102.05426) over the timesteps of diffusion (Q-Diffusion, arXiv:2302.04304). Inputs
+are drawn evenly from trajectories. For each block in the order of execution, what enters it in the
+network quantized so far, and what leaves it in the float one, are kept in memory; its part of the
+method's state then learns to map one to the other. Blocks are modules of the network, found by
+path; a quantized layer outside of them is a block by itself. The error of a block is
+mean over samples and positions of the sum over channels of |output - target|^norm.
+"""
+
+import dataclasses
+import functools
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from dmq_jax import denoisers
+from dmq_jax.config import ReconstructConfig
+from dmq_jax.diffusion import samplers
+from dmq_jax.methods.base import (
+    Bound,
+    Method,
+    Phase,
+    State,
+    apply_fake,
+    get_leaf,
+    with_leaves,
+    with_weights,
+)
+from dmq_jax.quant.layers import recorded_calls
+from dmq_jax.quant.plan import LayerSpec, Plan
+from dmq_jax.runtime import log
+from dmq_jax.runtime.checkpoint import Checkpoints
+from dmq_jax.runtime.progress import progress
+
+_CHECK_EVERY = 100  # optimizer steps between looks at the loss, which wait for the device
+
+
+class Inputs(NamedTuple):
+    """What the network is given at moments of trajectories.
+
+    Attributes:
+      x: noisy images.
+      t: timestep of each.
+      y: condition of each; None if unconditional.
+    """
+
+    x: Float[Array, 'N H W C']
+    t: Int[Array, 'N']
+    y: PyTree
+
+
+class Block(NamedTuple):
+    """A part of the network that learns as one.
+
+    Attributes:
+      path: of its module.
+      layers: paths of the quantized layers in it.
+    """
+
+    path: str
+    layers: tuple[str, ...]
+
+
+class Reconstructed(NamedTuple):
+    """The result: the method's state, and what it took."""
+
+    state: State
+    duration_s: float
+
+
+def draw_inputs(
+    teacher: denoisers.Denoiser,
+    denoiser: denoisers.Denoiser,
+    config: ReconstructConfig,
+    *,
+    key: Key[Array, ''],
+) -> Inputs:
+    """`num_timesteps` evenly spaced moments of `num_images` trajectories.
+
+    With guidance, each is there twice: with the null condition and with its own.
+
+    Args:
+      teacher: says what is drawn and with which classes.
+      denoiser: draws: the teacher, or a student.
+      config: sampler, and how many.
+      key: root key of the images.
+    """
+    sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
+    info, scale = teacher.info, config.sampler.guidance_scale
+    predict = denoisers.guided(denoiser.predict, info, scale)
+    steps = np.arange(config.num_timesteps) * (len(sampler.timesteps) // config.num_timesteps)
+    labels = denoisers.balanced_labels(config.num_images, info.num_classes)
+
+    @jax.jit
+    def draw(params, sampler, keys, y):
+        x_T = samplers.initial_noise(keys, info.image_shape)
+        _, carries = samplers.trajectory(
+            lambda x, t: (predict(params, x, t, y), None), sampler, x_T, keys
+        )
+        return carries.x[steps]
+
+    moments = []
+    for begin in range(0, config.num_images, config.batch_size):
+        indices = np.arange(begin, min(begin + config.batch_size, config.num_images))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(indices, jnp.uint32))
+        y = None if labels is None else jnp.asarray(labels[indices])
+        moments.append(np.asarray(draw(denoiser.params, sampler, keys, y)))
+    x = np.concatenate(moments, axis=1)  # [timesteps, images, H, W, C]
+    t = np.repeat(np.asarray(sampler.timesteps)[steps], config.num_images)
+    x = x.reshape(-1, *x.shape[2:])
+    y = None if labels is None else jnp.tile(jnp.asarray(labels), config.num_timesteps)
+    inputs = Inputs(jnp.asarray(x), jnp.asarray(t), y)
+    if scale == 1.0:
+        return inputs
+    null = inputs._replace(y=denoisers.null_like(y, info))
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), null, inputs)
+
+
+def find_blocks(teacher: denoisers.Denoiser, plan: Plan, pattern: str) -> list[Block]:
+    """The blocks that hold the layers of `plan`, in the order of execution.
+
+    Args:
+      teacher: the float network.
+      plan: what is quantized.
+      pattern: regular expression over module paths; outermost matches are blocks.
+
+    Raises:
+      ValueError: the pattern matches no module.
+    """
+
+    def trace(params, x, t, y):
+        with recorded_calls(lambda path: path != '') as calls:
+            teacher.network.apply({'params': params}, x, t, y)
+        paths.extend(calls)
+
+    paths: list[str] = []
+    jax.eval_shape(trace, teacher.params, *denoisers.example_inputs(teacher.info, batch_size=1))
+    owners: dict[str, list[str]] = {}
+    for path in paths:
+        parts = path.split('/')
+        above = ('/'.join(parts[:i]) for i in range(1, len(parts) + 1))
+        owner = next((p for p in above if re.fullmatch(pattern, p)), None)
+        if owner is not None or path in plan:
+            owners.setdefault(owner or path, [])
+    if not any(re.fullmatch(pattern, path) for path in owners):
+        raise ValueError(f'reconstruct.blocks={pattern!r} matches no module of the network.')
+    for path in plan:
+        owner = next(p for p in owners if path == p or path.startswith(f'{p}/'))
+        owners[owner].append(path)
+    return [Block(path, tuple(layers)) for path, layers in owners.items() if layers]
+
+
+def select(state: PyTree, layers: Mapping[str, Any] | tuple[str, ...], plan: Plan) -> PyTree:
+    """The part of a state that belongs to `layers`; see `methods.base`."""
+    if not isinstance(state, dict):
+        return state
+    if any(name in plan for name in state):
+        return {path: entry for path, entry in state.items() if path in layers}
+    return {name: select(entry, layers, plan) for name, entry in state.items()}
+
+
+def merge(state: PyTree, part: PyTree) -> PyTree:
+    """`state` with what `part`, a part of it, holds."""
+    if not isinstance(state, dict):
+        return part
+    return {
+        name: merge(entry, part[name]) if name in part else entry for name, entry in state.items()
+    }
+
+
+def without_inputs(plan: Plan) -> Plan:
+    """`plan` with all activations in float."""
+    return {
+        path: dataclasses.replace(spec, inputs=None)
+        for path, spec in plan.items()
+        if spec.weight is not None
+    }
+
+
+class _Examples(NamedTuple):
+    """Inputs and targets of one block: `args` and `kwargs` of its call, all batch first."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    target: PyTree
+    t: Int[Array, 'N']
+
+
+class _Task(NamedTuple):
+    """What all blocks share."""
+
+    teacher: denoisers.Denoiser
+    method: Method
+    bind: Callable[[PyTree, State], Bound]  # the method's, compiled
+    plan: Plan
+    timesteps: Int[np.ndarray, 'S']
+    lookup: str
+    config: ReconstructConfig
+
+
+def run(
+    teacher: denoisers.Denoiser,
+    method: Method,
+    state: State,
+    plan: Plan,
+    timesteps: Int[np.ndarray, 'S'],
+    lookup: str,
+    config: ReconstructConfig,
+    *,
+    key: Key[Array, ''],
+    workdir: Path,
+    description: str,
+) -> Reconstructed:
+    """Passes every block through the phases of `method`; goes on after the last block in `workdir`.
+
+    Args:
+      teacher: the float network.
+      method: of which `state` is the start.
+      state: from `method.init`.
+      plan: what is quantized.
+      timesteps: of the rows of the state's tables.
+      lookup: how a row is found for other timesteps.
+      config: iterations, inputs, blocks.
+      key: root key of trajectories and batches.
+      workdir: receives the inputs of each round, checkpoints and `metrics.jsonl`.
+      description: shown beside the progress.
+
+    Raises:
+      ValueError: the method has no phases, or the pattern of `config.blocks` matches nothing.
+      FloatingPointError: the error of a block is not finite; names the block.
+    """
+    check(method)
+    task = _Task(teacher, method, jax.jit(method.bind), plan, timesteps, lookup, config)
+    blocks = find_blocks(teacher, plan, config.blocks)
+    work = [
+        (i, phase, block)
+        for i in range(config.num_rounds)
+        for phase in method.phases
+        if round(config.num_iterations * phase.share)
+        for block in blocks
+        if any(_is_learnt(plan[path], phase) for path in block.layers)
+    ]
+    began, inputs, drawn = time.monotonic(), None, -1
+    with (
+        Checkpoints(workdir / 'checkpoints') as checkpoints,
+        log.make_writer(workdir) as writer,
+    ):
+        done, spent_s = checkpoints.latest() or 0, 0.0
+        if done:
+            restored, spent = checkpoints.restore(done, like=(state, jnp.zeros(())))
+            state, spent_s = restored, float(spent)
+        bar = progress(len(work), description, start=done)
+        for index in bar:
+            i, phase, block = work[index]
+            if i != drawn:
+                drawn, inputs = i, _round_inputs(task, state, i, key=key, workdir=workdir)
+            block_key = jax.random.fold_in(jax.random.fold_in(key, 1), index)
+            state, errors = _learn_block(task, phase, block, state, inputs, i, key=block_key)
+            writer.write_scalars(
+                index + 1, {f'{phase.name}/before': errors[0], f'{phase.name}/after': errors[1]}
+            )
+            bar.note(f'{block.path}: {errors[0]:.4g} -> {errors[1]:.4g}')
+            now_s = spent_s + time.monotonic() - began
+            checkpoints.save(index + 1, (state, jnp.asarray(now_s, jnp.float32)))
+    return Reconstructed(jax.device_get(state), spent_s + time.monotonic() - began)
+
+
+def check(method: Method) -> None:
+    """Refuses a method that does not learn block by block.
+
+    Raises:
+      ValueError: it has no phases.
+    """
+    if not method.phases:
+        raise ValueError(
+            'reconstruct.num_iterations is not 0, but this method does not learn block by block; '
+            'set it to 0, or choose another method.'
+        )
+
+
+def _is_learnt(spec: LayerSpec, phase: Phase) -> bool:
+    """Whether a layer has what a phase is about: rounded activations, or else rounded weights."""
+    return (spec.inputs if phase.rounds_inputs else spec.weight) is not None
+
+
+def _round_inputs(task, state, i, *, key, workdir):
+    """The inputs of round `i`: of the teacher's trajectories, later of the student's."""
+    file = workdir / f'inputs_{i}.npz'
+    if file.is_file():
+        return load_inputs(file)
+    denoiser = task.teacher
+    if i > 0:
+        bound = task.bind(task.teacher.params, state)
+        denoiser = denoisers.fake_student(
+            task.teacher, task.plan, bound, task.timesteps, task.lookup
+        )
+    key = jax.random.fold_in(jax.random.fold_in(key, 0), i)
+    inputs = draw_inputs(task.teacher, denoiser, task.config, key=key)
+    save_inputs(file, inputs, key)
+    return inputs
+
+
+def _learn_block(task, phase, block, state, inputs, i, *, key):
+    """The state after one block has learnt, and the errors of the block before and after."""
+    share = phase.share * (task.config.later_share if i else 1.0)
+    num_iterations = round(task.config.num_iterations * share)
+    module, examples = _examples(task, phase, block, state, inputs)
+    plan = task.plan if phase.rounds_inputs else without_inputs(task.plan)
+    plan = {path: plan[path] for path in block.layers if path in plan}
+    part = select(state, block.layers, task.plan)
+    params = task.teacher.params
+
+    def outputs(params, bound: Bound, args, kwargs, t):
+        weights = {path: w for path, w in bound.weights.items() if path in plan}
+        rows = denoisers.rows_at(denoisers.time_tables(bound, task.timesteps), t, task.lookup)
+        params = get_leaf(with_weights(with_leaves(params, bound.params), weights), block.path)
+        return apply_fake(
+            functools.partial(_apply, module), _inside(plan, block), params,
+            _inside({path: row for path, row in rows.items() if path in plan}, block),
+            args, kwargs,
+        )  # fmt: skip
+
+    def error(params, bound, batch):
+        got = outputs(params, bound, batch.args, batch.kwargs, batch.t)
+        distances = jax.tree.map(functools.partial(_distance, phase.norm), got, batch.target)
+        return sum(jax.tree.leaves(distances))
+
+    def loss(part, params, batch, share):
+        value = error(params, phase.bind(params, part, share), batch)
+        return value + phase.penalty(part, share)
+
+    optimizer = phase.optimizer(part, _cosine(num_iterations))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def learn(part, moments, params, examples, j):
+        indices = jax.random.randint(
+            jax.random.fold_in(key, j), (task.config.batch_size,), 0, examples.t.size
+        )
+        batch = jax.tree.map(lambda leaf: leaf[indices], examples)
+        share = j.astype(jnp.float32) / num_iterations
+        value, gradients = jax.value_and_grad(loss)(part, params, batch, share)
+        # optax raises a float to its int32 step count, which strict promotion forbids.
+        with jax.numpy_dtype_promotion('standard'):
+            updates, moments = optimizer.update(gradients, moments, part)
+        return jax.tree.map(jnp.add, part, updates), moments, value
+
+    @jax.jit
+    def measure(part, params, batch):
+        return error(params, task.method.bind(params, part), batch)
+
+    # Enough to compare with, and no larger than a few batches.
+    few = np.linspace(0, examples.t.size - 1, min(examples.t.size, 4 * task.config.batch_size))
+    sample = jax.tree.map(lambda leaf: leaf[few.astype(np.int32)], examples)
+    before = float(measure(part, params, sample))
+    # A copy: the step donates its state, and moments may be one array of zeros.
+    part, moments = jax.tree.map(jnp.copy, (part, optimizer.init(part)))
+    for j in range(num_iterations):
+        part, moments, value = learn(part, moments, params, examples, jnp.asarray(j, jnp.int32))
+        is_checked = j + 1 == num_iterations or (j + 1) % _CHECK_EVERY == 0
+        if is_checked and not np.isfinite(float(value)):
+            raise FloatingPointError(
+                f'block {block.path!r}: the error is {float(value)} at iteration {j + 1} of '
+                f'{phase.name}; lower the learning rates, or check the calibration.'
+            )
+    return merge(state, part), (before, float(measure(part, params, sample)))
+
+
+def _apply(module, variables, args, kwargs):
+    return module.apply(variables, *args, **kwargs)
+
+
+def _inside(by_path: Mapping[str, Any], block: Block) -> dict[str, Any]:
+    """Entries by path, with paths as the block's own module sees them."""
+    return {path[len(block.path) :].removeprefix('/'): entry for path, entry in by_path.items()}
+
+
+def _distance(norm, output, target):
+    difference = jnp.abs((output - target).astype(jnp.float32))
+    return jnp.mean(jnp.sum(difference**norm, axis=-1))
+
+
+def _cosine(num_iterations):
+    """The learning rates' common factor, from 1 to 0."""
+    return lambda step: 0.5 * (1 + jnp.cos(jnp.pi * step / max(num_iterations, 1)))
+
+
+def _examples(task, phase, block, state, inputs):
+    """The module of `block`, free of its network, and its `_Examples`."""
+    plan = task.plan if phase.rounds_inputs else without_inputs(task.plan)
+    network, found = task.teacher.network, {}
+    predict = denoisers.QuantizedPredict(network, tuple(plan.items()), task.lookup, 'fake')
+
+    @jax.jit
+    def capture(params, quantized, inputs):
+        def call(run):
+            with recorded_calls(lambda path: path == block.path) as calls:
+                run()
+            return calls[block.path]
+
+        x, t, y = inputs
+        target = call(lambda: network.apply({'params': params}, x, t, y)).output
+        student = call(lambda: predict(quantized, x, t, y))
+        found['module'] = student.module
+        return student.args, student.kwargs, target
+
+    params = task.teacher.params
+    bound = task.bind(params, state)
+    quantized = denoisers.fake_params(params, bound, task.timesteps)
+    if not phase.rounds_inputs:
+        quantized['tables'] = {}
+    size = min(task.config.batch_size, len(inputs.t))
+    parts = []
+    for begin in range(0, len(inputs.t), size):
+        part = jax.tree.map(lambda leaf, b=begin: leaf[b : b + size], inputs)
+        parts.append(capture(params, quantized, part))
+    args, kwargs, target = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    return found['module'], _Examples(args, kwargs, target, inputs.t)
+
+
+def save_inputs(path: str | os.PathLike, inputs: Inputs, key: Key[Array, '']) -> None:
+    """Writes inputs and the key they were drawn with as one `.npz`."""
+    arrays = {'x': inputs.x, 't': inputs.t, 'key': jax.random.key_data(key)}
+    if inputs.y is not None:
+        arrays |= {f'y:{n}': a for n, a in _as_mapping(inputs.y).items()}
+    partial = Path(path).with_suffix('.partial.npz')
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(partial, **jax.device_get(arrays))
+    os.replace(partial, path)
+
+
+def load_inputs(path: str | os.PathLike) -> Inputs:
+    """Reads what `save_inputs` wrote."""
+    with np.load(path) as arrays:
+        y = {n[2:]: jnp.asarray(arrays[n]) for n in arrays.files if n.startswith('y:')}
+        y = y.get('', y) if y else None
+        return Inputs(jnp.asarray(arrays['x']), jnp.asarray(arrays['t']), y)
+
+
+def _as_mapping(y):
+    return traverse_util.flatten_dict(y, sep=':') if isinstance(y, Mapping) else {'': y}

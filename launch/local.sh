@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Runs one run as N processes on this machine, its GPUs (or CPU devices) split among them.
+# Use: bash launch/local.sh N --config=configs/FILE.py --workdir=FOLDER [further arguments]
+# GPUs: those in CUDA_VISIBLE_DEVICES, or all; without any, each process has CPU_DEVICES (1) of them.
+# PYTHON names the interpreter (.venv, else python3); PORT the port on which they meet (a free one).
+# Ends with the status of the first process that fails; 75 means stopped and saved: run it again.
+set -euo pipefail
+if [ $# -lt 2 ] || ! [ "$1" -ge 1 ] 2>/dev/null; then
+    echo "Error: $0 $*: expected a number of processes, then the arguments of dmq_jax.main" >&2
+    exit 2
+fi
+count=$1
+shift
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=$root/.venv/bin/python
+[ -x "$python" ] || python=python3
+python=${PYTHON:-$python}
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+free_port='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+port=${PORT:-$("$python" -c "$free_port")}
+
+gpus=()
+if [ "${JAX_PLATFORMS:-}" != cpu ]; then
+    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+        IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+    elif command -v nvidia-smi >/dev/null; then
+        mapfile -t gpus < <(nvidia-smi --query-gpu=index --format=csv,noheader)
+    fi
+fi
+if [ ${#gpus[@]} -gt 0 ] && [ $((${#gpus[@]} % count)) -ne 0 ]; then
+    echo "Error: ${#gpus[@]} GPUs cannot be split evenly among $count processes" >&2
+    exit 2
+fi
+
+pids=()
+stop() {
+    for pid in "${pids[@]}"; do kill -s "$1" "$pid" 2>/dev/null || true; done
+}
+for ((id = 0; id < count; id++)); do
+    devices=()
+    if [ ${#gpus[@]} -gt 0 ]; then
+        each=$((${#gpus[@]} / count))
+        devices=("CUDA_VISIBLE_DEVICES=$(IFS=,; echo "${gpus[*]:id * each:each}")")
+    else
+        flags="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${CPU_DEVICES:-1}"
+        devices=(JAX_PLATFORMS=cpu "XLA_FLAGS=$flags")
+    fi
+    env "${devices[@]}" "$python" -m dmq_jax.main "$@" \
+        --coordinator="127.0.0.1:$port" --num_processes="$count" --process_id="$id" &
+    pids+=($!)
+done
+# A scheduler signals this script; the run saves and stops when its processes hear of it.
+# Asked twice, it does not wait.
+trap 'trap "stop KILL" TERM; stop TERM' TERM
+trap 'trap "stop KILL" INT; stop INT' INT
+
+status=0
+left=$count
+while [ "$left" -gt 0 ]; do
+    code=0
+    wait -n -p ended "${pids[@]}" || code=$?
+    # A signal ends the wait, not a process.
+    [ -n "${ended:-}" ] || continue
+    left=$((left - 1))
+    for i in "${!pids[@]}"; do
+        if [ "${pids[i]}" = "$ended" ]; then
+            unset "pids[i]"
+            if [ "$code" -ne 0 ] && [ "$status" -eq 0 ]; then
+                status=$code
+                if [ "$code" -ne 75 ] && [ "$code" -ne 2 ] && [ "$left" -gt 0 ]; then
+                    echo "Error: process $i of $count ended with status $code; stopping the others" >&2
+                    stop KILL
+                fi
+            fi
+        fi
+    done
+done
+exit "$status"

@@ -1,0 +1,78 @@
+"""The way of a checkpoint through the project: load, sample, quantize, export, sample integers."""
+
+import json
+
+import jax
+import numpy as np
+
+import dmq_jax
+from dmq_jax import api
+from dmq_jax.quant.tensor import unpack
+
+STEPS = 2
+OPTIONS = {
+    'weight_observer': 'minmax', 'activation_observer': 'minmax', 'weight_bits': 4,
+    'activation_bits': 8,
+}  # fmt: skip
+
+
+def travel(teacher, folder, *, guidance_scale=1.0):
+    """Everything a user does with a teacher, checked on the way; the images it ends at."""
+    # Programs that run once or twice: nearly all the time is the compiler's.
+    jax.config.update('jax_disable_most_optimizations', True)
+    try:
+        return _travel(teacher, folder, guidance_scale)
+    finally:
+        jax.config.update('jax_disable_most_optimizations', False)
+
+
+def _travel(teacher, folder, guidance_scale):
+    sampler = {'num_steps': STEPS, 'guidance_scale': guidance_scale}
+    model = api.quantize(
+        teacher, 'efficientdm', num_iterations=3, workdir=folder / 'run',
+        method_options={'lora_rank': 2},
+        calibrate_options={'num_images': 2, 'batch_size': 2, 'values_per_tensor': 16,
+                           'sampler': sampler},
+        finetune_options={'batch_size': 2, 'log_every': 1, 'sampler': sampler},
+        **OPTIONS,
+    )  # fmt: skip
+    losses = [
+        value
+        for line in (folder / 'run/metrics.jsonl').read_text().splitlines()
+        for name, value in json.loads(line).items()
+        if name == 'loss'
+    ]
+    assert len(losses) == 3 and np.isfinite(losses).all()
+    assert len(set(losses)) > 1, 'three steps left the loss as it was'
+
+    api.export(model, folder / 'export')
+    loaded = dmq_jax.load(folder / 'export')
+    assert loaded.info == model.info and loaded.network == model.network
+    assert loaded.weights.keys() == model.weights.keys() and loaded.weights
+    for path, weight in model.weights.items():
+        np.testing.assert_array_equal(unpack(loaded.weights[path]), unpack(weight), err_msg=path)
+
+    images = [
+        api.sample(source, num_images=2, batch_size=2, **sampler) for source in (teacher, loaded)
+    ]
+    for each in images:
+        assert each.dtype == np.uint8 and each.shape == (2, *image_shape(teacher))
+    assert np.isfinite(last_latents(teacher)).all()
+    return images
+
+
+def image_shape(teacher):
+    """Of what a teacher draws, decoded if they are latents."""
+    height, width, channels = teacher.info.image_shape
+    if teacher.decoder is None:
+        return height, width, channels
+    network = teacher.decoder.network
+    factor = 2 ** (len(network.channels) - 1)
+    return height * factor, width * factor, network.out_channels
+
+
+def last_latents(teacher):
+    """What the network says of noise."""
+    x = np.random.default_rng(0).standard_normal((2, *teacher.info.image_shape))
+    y = None if teacher.info.num_classes is None else np.zeros(2, np.int32)
+    return jax.jit(teacher.predict)(teacher.params, x.astype(np.float32), np.int32(500), y)

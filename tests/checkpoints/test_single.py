@@ -1,0 +1,225 @@
+import jax
+import numpy as np
+import pytest
+
+import dmq_jax
+from dmq_jax.checkpoints import opening, single
+from dmq_jax.networks import unwrapped
+from dmq_jax.teachers import load_teacher
+from tests import tiny_checkpoints as tiny
+from tests.checkpoints.journey import last_latents, travel
+from tests.models.listings import listing
+
+pytest.importorskip('torch', reason='writes the files that are read without it')
+
+
+def ddim_settings(folder):
+    return tiny.settings_file(folder, process={'image_size': 8})
+
+
+@pytest.mark.slow
+def test_a_legacy_ddim_checkpoint_goes_all_the_way(tmp_path):
+    weights = {f'module.{name}': array for name, array in tiny.ddim_tensors(seed=1).items()}
+    average = tiny.ddim_tensors(seed=0)
+    file = tiny.save_torch(
+        tmp_path / 'model-790000.ckpt', [weights, {'step': 3}, 5, 7, average], legacy=True
+    )
+    options = {'settings': ddim_settings(tmp_path)}
+    teacher = load_teacher(file, **options)
+    folder = tmp_path / 'ddpm'
+    folder.mkdir()
+    diffusers = load_teacher(tiny.ddpm_folder(folder))
+    assert unwrapped(teacher.network) == unwrapped(diffusers.network)
+    np.testing.assert_array_equal(tiny.leaves(teacher.params), tiny.leaves(diffusers.params))
+    without = load_teacher(file, ema=False, **options)
+    assert (tiny.leaves(without.params) != tiny.leaves(teacher.params)).any()
+    travel(teacher, tmp_path)
+
+
+@pytest.mark.slow
+def test_an_adm_checkpoint_goes_all_the_way(tmp_path):
+    file = tiny.save_torch(tmp_path / 'model.pt', tiny.adm_tensors())
+    settings = tiny.settings_file(tmp_path, network=tiny.ADM)
+    teacher = load_teacher(file, settings=settings)
+    assert teacher.info.learned_variance and teacher.info.num_classes == 1000
+    assert teacher.info.schedule.kind == 'cosine'
+    travel(teacher, tmp_path)
+    ancestral = {'name': 'ddpm', 'num_steps': 2, 'spacing': 'adm', 'clip_sample': 1.0}
+    learned, fixed = (
+        dmq_jax.sample(teacher, num_images=2, variance=variance, **ancestral)
+        for variance in ('learned_range', 'fixed_small')
+    )
+    assert (learned != fixed).any()
+
+
+@pytest.mark.slow
+def test_a_compvis_checkpoint_goes_all_the_way(tmp_path):
+    file = tiny.save_torch(
+        tmp_path / 'model.ckpt',
+        {'state_dict': tiny.cin256_tensors(), 'global_step': 3, 'callbacks': {'best': 0.5}},
+    )
+    teacher = load_teacher(file, settings=tiny.settings_file(tmp_path, network=tiny.LDM))
+    assert teacher.info.num_classes == 4 and teacher.info.is_latent
+    assert teacher.info.schedule.kind == 'scaled_linear'
+    assert (teacher.info.schedule.beta_start, teacher.info.schedule.beta_end) == (0.0015, 0.0195)
+    travel(teacher, tmp_path, guidance_scale=3.0)
+
+
+def test_a_dit_checkpoint_goes_all_the_way(tmp_path):
+    file = tiny.save_torch(tmp_path / 'DiT.pt', tiny.dit_tensors())
+    settings = tiny.settings_file(tmp_path, network={'head_dim': 16})
+    teacher = load_teacher(file, settings=settings, components=tiny.kl_folder(tmp_path))
+    assert teacher.info.learned_variance and teacher.info.num_classes == 4
+    travel(teacher, tmp_path, guidance_scale=4.0)
+
+
+def test_every_kind_is_told_by_its_tensors_whatever_the_file_is_called(tmp_path):
+    for kind, tensors in {
+        'ddim': tiny.ddim_tensors(),
+        'adm': tiny.adm_tensors(),
+        'compvis': tiny.cin256_tensors(),
+        'dit': tiny.dit_tensors(),
+    }.items():
+        assert opening.recognise(tensors, tmp_path) == kind
+        opening.check_kind(kind, tensors, tmp_path)
+        for other in {'ddim', 'adm', 'compvis', 'dit'} - {kind}:
+            with pytest.raises(ValueError, match=f'teacher.kind={other!r}.*kind {kind!r}'):
+                opening.check_kind(other, tensors, tmp_path)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    file = tiny.save_torch(tmp_path / 'resnet.pt', {'fc.weight': np.zeros((2, 2), np.float32)})
+    with pytest.raises(ValueError, match="not a checkpoint that is known here.*'fc.weight'"):
+        load_teacher(file)
+    empty = tiny.save_torch(tmp_path / 'empty.pt', {'epoch': 3})
+    with pytest.raises(ValueError, match='no tensors in it'):
+        load_teacher(empty)
+
+
+def test_a_kind_that_the_file_is_not_is_refused(tmp_path):
+    file = tiny.save_torch(tmp_path / 'model.pt', tiny.dit_tensors())
+    with pytest.raises(ValueError, match="teacher.kind='adm', but there is no tensor.*'dit'"):
+        load_teacher(file, kind='adm')
+
+
+@pytest.mark.parametrize(
+    'tensors, text',
+    [
+        (tiny.adm_tensors, 'no published network has these tensors.*teacher.settings'),
+        (tiny.cin256_tensors, 'no published network has these tensors.*teacher.settings'),
+        (tiny.dit_tensors, "width of 32.*'head_dim'.*teacher.settings"),
+    ],
+)
+def test_what_the_file_does_not_tell_has_to_be_given(tmp_path, tensors, text):
+    file = tiny.save_torch(tmp_path / 'model.pt', tensors())
+    with pytest.raises(ValueError, match=text):
+        load_teacher(file)
+
+
+@pytest.mark.parametrize(
+    'change, text',
+    [
+        (lambda t: t.pop('mid.block_1.conv1.weight'), '1 tensors missing, e.g.'),
+        (
+            lambda t: t.update({'mid.extra': np.zeros(1, np.float32)}),
+            "1 tensors unused.*'mid.extra'",
+        ),
+        (
+            lambda t: t.update({'mid.block_1.conv1.weight': np.zeros((3, 3), np.float32)}),
+            "'mid.block_1.conv1.weight' has shape",
+        ),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(tmp_path, change, text):
+    tensors = tiny.ddim_tensors()
+    change(tensors)
+    file = tiny.save_torch(tmp_path / 'model.ckpt', tensors)
+    with pytest.raises(ValueError, match=text) as caught:
+        load_teacher(file, settings=ddim_settings(tmp_path))
+    assert str(file) in str(caught.value)
+
+
+def test_a_tensor_of_no_part_of_a_compvis_checkpoint_is_named(tmp_path):
+    tensors = {**tiny.cin256_tensors(), 'discriminator.weight': np.zeros(1, np.float32)}
+    file = tiny.save_torch(tmp_path / 'model.ckpt', {'state_dict': tensors})
+    settings = tiny.settings_file(tmp_path, network=tiny.LDM)
+    with pytest.raises(ValueError, match="1 tensors unused, e.g. 'discriminator.weight'"):
+        load_teacher(file, settings=settings)
+
+
+def test_the_moving_average_is_read_by_default_as_the_scripts_of_latent_diffusion_do(tmp_path):
+    tensors = tiny.cin256_tensors()
+    average = {
+        'model_ema.' + name.removeprefix('model.').replace('.', ''): array + 1
+        for name, array in tensors.items()
+        if name.startswith('model.')
+    }
+    counters = {'model_ema.decay': np.float32([0.9]), 'model_ema.num_updates': np.int32([7])}
+    file = tiny.save_torch(tmp_path / 'm.ckpt', {'state_dict': {**tensors, **average, **counters}})
+    options = {'settings': tiny.settings_file(tmp_path, network=tiny.LDM)}
+    weights = load_teacher(file, ema=False, **options).params['conv_in']['bias']
+    for ema in (None, True):
+        chosen = load_teacher(file, ema=ema, **options).params['conv_in']['bias']
+        np.testing.assert_array_equal(chosen, weights + 1)
+
+
+def test_parameters_may_be_kept_in_bfloat16(tmp_path):
+    file = tiny.save_torch(tmp_path / 'DiT.pt', tiny.dit_tensors())
+    settings = tiny.settings_file(tmp_path, network={'head_dim': 16})
+    teacher = load_teacher(file, settings=settings, dtype='bfloat16')
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(teacher.params)} == {'bfloat16'}
+    assert np.isfinite(last_latents(teacher)).all()
+
+
+@pytest.mark.parametrize(
+    'name, published',
+    [
+        ('adm_imagenet64_cond', '64x64_diffusion'),
+        pytest.param('adm_imagenet256_cond', '256x256_diffusion', marks=pytest.mark.slow),
+    ],
+)
+def test_published_networks_of_guided_diffusion_are_found_by_their_tensors(name, published):
+    tensors = Listed(listing(name))
+    assert single.find_published(tensors, 'adm')[0] == published
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'lsun_churches',
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ('cin256-v2', 'lsun_bedrooms', 'sd-v1')
+        ),
+    ],
+)
+def test_published_networks_of_latent_diffusion_are_found_by_their_tensors(name):
+    prefix = 'model.diffusion_model.'
+    listed = listing(f'ldm_unet_{name}')
+    tensors = Listed({n.removeprefix(prefix): shape for n, shape in listed.items()})
+    assert single.find_published(tensors, 'compvis')[0] == name
+
+
+class Listed(dict):
+    """Names and shapes in place of tensors."""
+
+    path = 'listed.ckpt'
+
+    def shape_of(self, name):
+        return self[name]
+
+
+def test_every_kind_is_a_denoiser_that_says_something_of_noise(tmp_path):
+    # The long way of each of them is among the slow tests.
+    for name, tensors, settings in (
+        ('ddim', tiny.ddim_tensors, {'process': {'image_size': 8}}),
+        ('adm', tiny.adm_tensors, {'network': tiny.ADM}),
+        ('compvis', tiny.cin256_tensors, {'network': tiny.LDM}),
+    ):
+        file = tiny.save_torch(tmp_path / name, tensors())
+        teacher = load_teacher(file, settings=tiny.settings_file(tmp_path, **settings))
+        said = last_latents(teacher)
+        height, width, channels = teacher.info.image_shape
+        factor = 2 if teacher.info.learned_variance else 1
+        assert said.shape == (2, height, width, factor * channels)
+        assert np.isfinite(said).all() and np.std(said) > 0

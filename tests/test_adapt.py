@@ -1,0 +1,122 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmq_jax import adapt, denoisers, exporting, methods, scale_sets
+from dmq_jax.config import AdaptConfig, EfficientDMConfig, QuantConfig, TuneQDMConfig
+from dmq_jax.runtime import log, mesh
+from tests import tiny
+
+CONFIG = AdaptConfig(num_iterations=24, images='unused', batch_size=8, log_every=6)
+
+
+@pytest.fixture(scope='module')
+def plan():
+    quant = QuantConfig(
+        coverage='full', weight_bits=3, activation_bits=32, weight_observer='minmax'
+    )
+    return denoisers.make_plan(denoisers.quantizable(tiny.teacher()), quant)
+
+
+def images():
+    pixels, labels = tiny.real_images()
+    return {'images': pixels.astype(np.float32) / 127.5 - 1, 'labels': labels}
+
+
+class Adapted:
+    def __init__(self, plan, folder):
+        self.teacher, self.plan, self.folder = tiny.teacher(), plan, folder
+        config = TuneQDMConfig(learning_rate=0.02)
+        self.method = methods.make(config, plan, tiny.INFO.schedule.num_train_timesteps)
+        self.timesteps = tiny.calibration().timesteps
+        self.start = self.method.init(
+            self.teacher.params, tiny.calibration().stats, jax.random.key(0)
+        )
+        self.state = self.run().state
+
+    def run(self):
+        return adapt.run(
+            self.teacher, self.method, self.start, self.plan, self.timesteps, 'nearest', CONFIG,
+            **images(), key=jax.random.key(1), workdir=self.folder,
+            device_mesh=mesh.make_mesh(1), description='test',
+        )  # fmt: skip
+
+    def exported(self, state):
+        bound = self.method.bind(self.teacher.params, state)
+        return exporting.make(self.teacher, self.plan, bound, self.timesteps, 'nearest')
+
+
+@pytest.fixture(scope='module')
+def adapted(plan, tmp_path_factory):
+    return Adapted(plan, tmp_path_factory.mktemp('adapt'))
+
+
+def test_the_denoising_loss_falls(adapted):
+    losses = [row['loss'] for row in log.read_metrics(adapted.folder)]
+    assert len(losses) == 4
+    assert losses[-1] < 0.9 * losses[0], losses
+
+
+def test_scales_of_all_experts_learn_and_nothing_else(adapted):
+    for end in ('input', 'output'):
+        for path, leaf in adapted.state[end].items():
+            moved = np.asarray(leaf) != np.asarray(adapted.start[end][path])
+            assert moved.any(axis=1).all(), f'{end} {path}'
+    jax.tree.map(
+        np.testing.assert_array_equal, adapted.state['calibrated'], adapted.start['calibrated']
+    )
+
+
+def test_a_finished_run_is_not_repeated(adapted):
+    jax.tree.map(np.testing.assert_array_equal, adapted.run().state, adapted.state)
+    assert len(log.read_metrics(adapted.folder)) == 4
+
+
+def test_a_loss_on_features_is_refused(plan, tmp_path):
+    method = methods.make(EfficientDMConfig(loss='feature'), plan)
+    with pytest.raises(ValueError, match="choose loss='output'"):
+        adapt.run(
+            tiny.teacher(), method, {}, plan, np.array([1]), 'nearest', CONFIG, **images(),
+            key=jax.random.key(0), workdir=tmp_path, device_mesh=mesh.make_mesh(1),
+            description='test',
+        )  # fmt: skip
+
+
+def test_sets_of_scales_are_switched_on_the_same_integers(adapted, tmp_path):
+    first, second = adapted.exported(adapted.start), adapted.exported(adapted.state)
+    scale_sets.save(tmp_path / 'second.safetensors', second)
+    switched = scale_sets.load(tmp_path / 'second.safetensors', first)
+    x, t, y = jnp.ones((2, 8, 8, 1)), jnp.asarray([40, 3]), jnp.asarray([0, 1])
+
+    @jax.jit
+    def predict(params):
+        return exporting.denoiser(first).predict(params, x, t, y)
+
+    want, got, before = (
+        np.asarray(predict(exporting.denoiser(e).params)) for e in (second, switched, first)
+    )
+    np.testing.assert_array_equal(got, want)
+    assert np.any(got != before)
+
+
+def test_a_file_of_scales_holds_scales_alone(adapted, tmp_path):
+    exported = adapted.exported(adapted.state)
+    path = tmp_path / 'set.safetensors'
+    scale_sets.save(path, exported)
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(dict(exported.channels)))
+    # Two experts' numbers and their two timesteps in float32, and names.
+    assert 4 * numbers < path.stat().st_size < 4 * numbers + 8 + 160 * 2 * len(adapted.plan)
+
+
+def test_scales_of_other_integers_are_refused(adapted, tmp_path):
+    exported = adapted.exported(adapted.state)
+    scale_sets.save(tmp_path / 'set.safetensors', exported)
+    path, weight = next(iter(exported.weights.items()))
+    other = exported._replace(
+        weights={**exported.weights, path: exporting.pack(
+            np.zeros(weight.shape), weight.scale, weight.zero_point, spec=weight.spec
+        )}
+    )  # fmt: skip
+    with pytest.raises(ValueError, match='other integers'):
+        scale_sets.load(tmp_path / 'set.safetensors', other)

@@ -1,0 +1,250 @@
+"""Block reconstruction of a network of three blocks, small enough to compile in no time."""
+
+import shutil
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmq_jax import denoisers, methods, reconstruct
+from dmq_jax.config import (
+    BlockLearningConfig,
+    QDiffusionConfig,
+    ReconstructConfig,
+    RoundToNearestConfig,
+    SamplerConfig,
+)
+from dmq_jax.diffusion.schedule import Schedule
+from dmq_jax.methods import base
+from dmq_jax.quant.layers import collect_stats, observe_inputs
+from dmq_jax.quant.plan import LayerSpec
+from dmq_jax.quant.tensor import QuantSpec
+from dmq_jax.runtime import log
+
+
+class Block(nn.Module):
+    """A convolution and a shift by the timestep, added to the input."""
+
+    @nn.compact
+    def __call__(self, x, embedding):
+        h = nn.Conv(x.shape[-1], (3, 3), name='conv1')(jnp.tanh(x))
+        shift = nn.Dense(x.shape[-1], name='time_proj')(embedding)
+        return x + nn.Conv(x.shape[-1], (1, 1), name='conv2')(jnp.tanh(h + shift[:, None, None, :]))
+
+
+class Network(nn.Module):
+    """Two blocks between two layers that belong to none."""
+
+    @nn.compact
+    def __call__(self, x, t, y=None):
+        del y
+        angle = jnp.broadcast_to(t, x.shape[:1]).astype(jnp.float32)[:, None] / 20
+        embedding = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+        h = nn.Conv(6, (3, 3), name='conv_in')(x)
+        for i in range(2):
+            h = Block(name=f'block_{i}')(h, embedding)
+        return nn.Conv(1, (3, 3), name='conv_out')(h)
+
+
+INFO = denoisers.DenoiserInfo(
+    schedule=Schedule(kind='linear', num_train_timesteps=50, beta_start=1e-3, beta_end=0.1),
+    prediction='eps',
+    image_shape=(6, 6, 1),
+    num_classes=None,
+)
+SAMPLER = SamplerConfig(num_steps=4)
+CONFIG = ReconstructConfig(
+    num_iterations=300, batch_size=16, num_timesteps=2, num_images=64, sampler=SAMPLER
+)
+TIMESTEPS = np.array([37, 13], np.int32)
+SPEC = LayerSpec(
+    weight=QuantSpec(bits=3, symmetric=True, per_channel=True, observer='minmax'),
+    inputs=QuantSpec(bits=6, symmetric=False, observer='minmax'),
+)
+BLOCKS = ['conv_in', 'block_0', 'block_1', 'conv_out']
+
+
+@pytest.fixture(scope='module')
+def teacher():
+    network = Network()
+    params = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 6, 6, 1)), jnp.zeros(()))
+    return denoisers.float_denoiser(network, params['params'], INFO)
+
+
+@pytest.fixture(scope='module')
+def plan(teacher):
+    layers = denoisers.quantizable(teacher)
+    return dict.fromkeys(layers, SPEC)
+
+
+@pytest.fixture(scope='module')
+def inputs(teacher):
+    return reconstruct.draw_inputs(teacher, teacher, CONFIG, key=jax.random.key(8))
+
+
+@pytest.fixture(scope='module')
+def stats(teacher, plan, inputs):
+    def visit(_, moment):
+        x, t = moment
+        with observe_inputs(plan, 64):
+            _, found = teacher.network.apply({'params': teacher.params}, x, t, mutable=['stats'])
+        return None, collect_stats(plan, found['stats'])
+
+    moments = inputs.x.reshape(2, 64, 6, 6, 1), jnp.asarray(TIMESTEPS)
+    return jax.jit(lambda moments: jax.lax.scan(visit, None, moments)[1])(moments)
+
+
+def start(teacher, plan, stats, config):
+    method = methods.make(config, plan, 50)
+    return method, jax.jit(method.init)(teacher.params, stats, jax.random.key(0))
+
+
+QDIFFUSION = QDiffusionConfig(
+    learning=BlockLearningConfig(
+        rounding_learning_rate=0.02, penalty_weight=0.01, input_scale_learning_rate=5e-3
+    )
+)
+
+
+class Learnt:
+    def __init__(self, teacher, plan, stats, folder):
+        self.method, self.start = start(teacher, plan, stats, QDIFFUSION)
+        self.folder = folder
+        self.run = lambda folder=folder: reconstruct.run(
+            teacher, self.method, self.start, plan, TIMESTEPS, 'nearest', CONFIG,
+            key=jax.random.key(2), workdir=folder, description='test',
+        )  # fmt: skip
+        self.state = self.run().state
+        self.metrics = log.read_metrics(folder)
+
+
+@pytest.fixture(scope='module')
+def learnt(teacher, plan, stats, tmp_path_factory):
+    return Learnt(teacher, plan, stats, tmp_path_factory.mktemp('reconstruct'))
+
+
+def test_blocks_are_modules_or_single_layers_in_order_of_execution(teacher, plan):
+    blocks = reconstruct.find_blocks(teacher, plan, CONFIG.blocks)
+    assert [block.path for block in blocks] == BLOCKS
+    assert blocks[1].layers == ('block_0/conv1', 'block_0/time_proj', 'block_0/conv2')
+    assert sorted(path for block in blocks for path in block.layers) == sorted(plan)
+
+
+def test_a_pattern_that_matches_nothing_is_refused(teacher, plan):
+    with pytest.raises(ValueError, match="reconstruct.blocks='stage' matches no module"):
+        reconstruct.find_blocks(teacher, plan, 'stage')
+
+
+def test_inputs_are_spread_evenly_over_timesteps_and_repeatable(teacher, inputs):
+    a, b = inputs, reconstruct.draw_inputs(teacher, teacher, CONFIG, key=jax.random.key(8))
+    sampler = denoisers.make_denoiser_sampler(teacher, SAMPLER)
+    visited = np.asarray(sampler.timesteps)[[0, 2]]
+    np.testing.assert_array_equal(visited, TIMESTEPS)
+    np.testing.assert_array_equal(a.t, np.repeat(visited, 64))
+    np.testing.assert_array_equal(a.x, b.x)
+
+
+def test_inputs_come_back_from_their_file(tmp_path):
+    x = jnp.ones((2, 3, 3, 1))
+    for y in (None, jnp.asarray([1, 2]), {'label': jnp.asarray([1, 2])}):
+        inputs = reconstruct.Inputs(x, jnp.asarray([7, 8]), y)
+        reconstruct.save_inputs(tmp_path / 'a.npz', inputs, jax.random.key(9))
+        loaded = reconstruct.load_inputs(tmp_path / 'a.npz')
+        jax.tree.map(np.testing.assert_array_equal, loaded, inputs)
+        with np.load(tmp_path / 'a.npz') as arrays:
+            np.testing.assert_array_equal(arrays['key'], jax.random.key_data(jax.random.key(9)))
+
+
+def test_learnt_rounding_beats_rounding_to_nearest_block_by_block(learnt):
+    rounding = learnt.metrics[: len(BLOCKS)]
+    for path, row in zip(BLOCKS, rounding, strict=True):
+        before, after = row['rounding/before'], row['rounding/after']
+        assert after < before, f'{path}: {before:.3g} -> {after:.3g}'
+    before, after = (
+        sum(row[f'rounding/{when}'] for row in rounding) for when in ('before', 'after')
+    )
+    assert after < 0.8 * before, f'{before:.3g} -> {after:.3g}'
+
+
+def test_learnt_scales_of_activations_beat_the_calibrated_ones(learnt):
+    rows = learnt.metrics[len(BLOCKS) :]
+    assert len(rows) == len(BLOCKS)
+    before, after = (sum(row[f'scales/{when}'] for row in rows) for when in ('before', 'after'))
+    assert after < before, f'{before:.3g} -> {after:.3g}'
+
+
+def test_the_whole_network_is_nearer_to_the_teacher(teacher, plan, learnt, inputs):
+    target = teacher.predict(teacher.params, inputs.x, inputs.t)
+
+    def distance(state):
+        bound = jax.jit(learnt.method.bind)(teacher.params, state)
+        student = denoisers.fake_student(teacher, plan, bound, TIMESTEPS, 'nearest')
+        return float(jnp.mean((student.predict(student.params, *inputs) - target) ** 2))
+
+    before, after = distance(learnt.start), distance(learnt.state)
+    assert after < 0.85 * before, f'{before:.3g} -> {after:.3g}'
+
+
+def test_a_finished_run_is_not_repeated(learnt):
+    again = learnt.run()
+    jax.tree.map(np.testing.assert_array_equal, again.state, learnt.state)
+    assert len(log.read_metrics(learnt.folder)) == len(learnt.metrics)
+
+
+def test_a_killed_run_ends_with_the_same_state(learnt, tmp_path):
+    shutil.copytree(learnt.folder, tmp_path / 'killed')
+    last = len(learnt.metrics)
+    shutil.rmtree(tmp_path / 'killed' / 'checkpoints' / f'{last}')
+    resumed = learnt.run(folder=tmp_path / 'killed')
+    jax.tree.map(np.testing.assert_array_equal, resumed.state, learnt.state)
+    assert len(log.read_metrics(tmp_path / 'killed')) == last
+
+
+def test_a_part_of_a_state_binds_to_a_part_of_the_network(teacher, plan, learnt):
+    layers = ('block_1/conv1', 'block_1/conv2')
+    part = reconstruct.select(learnt.state, layers, plan)
+    whole = learnt.method.bind(teacher.params, learnt.state)
+    bound = learnt.method.bind(teacher.params, part)
+    assert set(bound.weights) == set(bound.tables) == set(layers)
+    for path in layers:
+        np.testing.assert_array_equal(bound.weights[path].codes, whole.weights[path].codes)
+    jax.tree.map(np.testing.assert_array_equal, reconstruct.merge(learnt.state, part), learnt.state)
+
+
+def test_a_method_without_phases_is_refused(teacher, plan, stats, tmp_path):
+    method, state = start(teacher, plan, stats, RoundToNearestConfig())
+    with pytest.raises(ValueError, match='does not learn block by block'):
+        reconstruct.run(
+            teacher, method, state, plan, TIMESTEPS, 'nearest', CONFIG,
+            key=jax.random.key(0), workdir=tmp_path, description='test',
+        )  # fmt: skip
+
+
+def test_a_later_round_draws_its_inputs_with_the_student(teacher, plan, stats, tmp_path):
+    config = ReconstructConfig(
+        num_iterations=2, batch_size=16, num_timesteps=2, num_images=16, sampler=SAMPLER,
+        num_rounds=2, blocks='block_1',
+    )  # fmt: skip
+    only = {path: SPEC for path in plan if path.startswith('block_1')}
+    method, state = start(teacher, only, stats, QDIFFUSION)
+    reconstruct.run(
+        teacher, method, state, only, TIMESTEPS, 'nearest', config,
+        key=jax.random.key(2), workdir=tmp_path, description='test',
+    )  # fmt: skip
+    first, second = (reconstruct.load_inputs(tmp_path / f'inputs_{i}.npz') for i in range(2))
+    np.testing.assert_array_equal(first.t, second.t)
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(2), 0), 1)
+    teachers = reconstruct.draw_inputs(teacher, teacher, config, key=key)
+    # The same noise at the start of each trajectory, then where the student goes.
+    np.testing.assert_array_equal(second.x[:16], teachers.x[:16])
+    assert np.mean(np.asarray(second.x[16:]) != np.asarray(teachers.x[16:])) > 0.9
+
+
+def test_bound_kernels_are_integers(learnt, teacher):
+    bound = learnt.method.bind(teacher.params, learnt.state)
+    for weight in bound.weights.values():
+        codes = np.asarray(weight.codes)
+        np.testing.assert_array_equal(codes, np.rint(codes))
+    assert isinstance(bound, base.Bound)
