@@ -23,7 +23,7 @@ from dmq_jax.models import adm_weights, ddpm_weights, dit_weights, ldm_weights
 from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.models.dit import DiT, PixArt
 from dmq_jax.models.ldm_unet import LDMUNet
-from dmq_jax.models.torch_weights import expected_tensors
+from dmq_jax.models.torch_weights import expected_tensors, without_prefix
 from dmq_jax.networks import TABLE, Conditioned, Network, unwrapped
 
 _DDPM_PROCESS = {
@@ -320,8 +320,7 @@ def _has_shapes(tensors: Any, wanted: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _stripped(tensors: Tensors, prefix: str) -> Tensors:
-    names = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
-    return Tensors(tensors.path, tensors, names)
+    return Tensors(tensors.path, tensors, without_prefix(tensors, prefix))
 
 
 def _finish(

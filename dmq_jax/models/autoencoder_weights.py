@@ -25,6 +25,8 @@ from dmq_jax.models.torch_weights import (
     read_settings,
     rename,
     unsupported,
+    without_old_attention,
+    without_prefix,
     write_tensors,
 )
 
@@ -118,7 +120,6 @@ _LDM = (
     (r'(\w+)/mid/attention_0/out', r'\1.mid.attn_1.proj_out'),
     (r'(\w+)/mid/attention_0/(\w+)', r'\1.mid.attn_1.\2'),
 )
-_OLD_ATTENTION = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
 
 
 def kl_from_diffusers(config: Mapping[str, Any]) -> AutoencoderKL:
@@ -216,13 +217,7 @@ def autoencoder_params_from_diffusers(
     Raises:
       ValueError: naming a tensor that is missing, left over or of another shape.
     """
-    # A name of old attention ends in '.query.weight', one of now in '.to_q.weight'.
-    names = {}
-    for name in tensors:
-        head, _, leaf = name.rpartition('.')
-        block, _, layer = head.rpartition('.')
-        old = '.attentions.' in name and layer in _OLD_ATTENTION
-        names[f'{block}.{_OLD_ATTENTION[layer]}.{leaf}' if old else name] = name
+    names = without_old_attention(tensors)
     return read_params(
         tensors, autoencoder_shapes(network), diffusers_autoencoder_source, names=names, **options
     )
@@ -248,10 +243,9 @@ def autoencoder_params_from_ldm(
       ValueError: naming a tensor that is missing, left over or of another shape.
     """
     names = {
-        name.removeprefix(prefix): name
-        for name in tensors
-        if name.startswith(prefix)
-        and not name.removeprefix(prefix).startswith(('loss.', 'model_ema.'))
+        short: name
+        for short, name in without_prefix(tensors, prefix).items()
+        if not short.startswith(('loss.', 'model_ema.'))
     }
     if not names:
         raise ValueError(

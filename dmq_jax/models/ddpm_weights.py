@@ -26,6 +26,7 @@ from dmq_jax.models.torch_weights import (
     read_settings,
     rename,
     unsupported,
+    without_old_attention,
     write_tensors,
 )
 
@@ -106,7 +107,6 @@ _DDIM = (
     ('norm_out', 'norm_out'),
     ('conv_out', 'conv_out'),
 )
-_OLD_ATTENTION = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
 
 
 def network_from_diffusers(config: Mapping[str, Any]) -> DDPMUNet:
@@ -219,13 +219,7 @@ def params_from_diffusers(
     Raises:
       ValueError: naming the first tensor that is missing, left over or of another shape.
     """
-    # A name of old attention ends in '.query.weight', one of now in '.to_q.weight'.
-    names = {}
-    for name in tensors:
-        head, _, leaf = name.rpartition('.')
-        block, _, layer = head.rpartition('.')
-        old = '.attentions.' in name and layer in _OLD_ATTENTION
-        names[f'{block}.{_OLD_ATTENTION[layer]}.{leaf}' if old else name] = name
+    names = without_old_attention(tensors)
     return read_params(
         tensors, _shapes(network), _diffusers_source, names=names, dtype=dtype, put=put
     )

@@ -25,6 +25,7 @@ from dmq_jax.models.torch_weights import (
     read_params,
     read_settings,
     rename,
+    without_prefix,
     write_tensors,
 )
 
@@ -215,9 +216,9 @@ def clip_params_from_transformers(
       ValueError: naming a tensor that is missing, left over or of another shape.
     """
     names = {}
-    for name in _with_prefix(tensors, prefix):
+    for short, name in _short_names(tensors, prefix).items():
         # Not in what the newest transformers saves of a network without projection.
-        short = name.removeprefix(prefix).removeprefix('text_model.')
+        short = short.removeprefix('text_model.')
         if short != 'embeddings.position_ids':
             names[short] = name
     return read_params(tensors, clip_shapes(network), _short_clip_source, names=names, **options)
@@ -243,8 +244,11 @@ def clip_params_from_open_clip(
     unused = ('logit_scale', 'attn_mask')
     if network.projection is None:
         unused += ('text_projection', f'transformer.resblocks.{network.num_layers}.')
-    names = {name.removeprefix(prefix): name for name in _with_prefix(tensors, prefix)}
-    names = {short: name for short, name in names.items() if not short.startswith(unused)}
+    names = {
+        short: name
+        for short, name in _short_names(tensors, prefix).items()
+        if not short.startswith(unused)
+    }
     return read_params(tensors, clip_shapes(network), open_clip_source, names=names, **options)
 
 
@@ -324,11 +328,11 @@ def _short_clip_source(path: str) -> Source:
     return Source(rename(path, _CLIP))
 
 
-def _with_prefix(tensors: Mapping[str, np.ndarray], prefix: str) -> list[str]:
-    found = [name for name in tensors if name.startswith(prefix)]
-    if not found:
+def _short_names(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, str]:
+    names = without_prefix(tensors, prefix)
+    if not names:
         raise ValueError(
             f'no tensor begins with {prefix!r} among {len(tensors)}, e.g. '
             f'{next(iter(tensors), None)!r}; give the prefix of the text encoder.'
         )
-    return found
+    return names

@@ -39,6 +39,8 @@ from jaxtyping import PyTree
 # Rows (a pattern for the path of a module, its name there); the first match wins.
 Table = tuple[tuple[str, str], ...]
 
+_OLD_ATTENTION = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
+
 
 class Source(NamedTuple):
     """Where a checkpoint holds a parameter.
@@ -75,6 +77,20 @@ def rename(path: str, table: Table) -> str:
 def without_prefix(tensors: Iterable[str], prefix: str) -> dict[str, str]:
     """The `names` for `read_params` of the tensors under `prefix`, which the file leaves on."""
     return {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
+
+
+def without_old_attention(tensors: Iterable[str]) -> dict[str, str]:
+    """The `names` for `read_params` of a diffusers file, whichever way it spells attention.
+
+    Before 2023 `to_q` was called `query`, `to_out.0` `proj_attn`; published files still do.
+    """
+    names = {}
+    for name in tensors:
+        head, _, leaf = name.rpartition('.')
+        block, _, layer = head.rpartition('.')
+        is_old = '.attentions.' in name and layer in _OLD_ATTENTION
+        names[f'{block}.{_OLD_ATTENTION[layer]}.{leaf}' if is_old else name] = name
+    return names
 
 
 def parameter_shapes(network: nn.Module, *inputs: Any, **named: Any) -> PyTree:

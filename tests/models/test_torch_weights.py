@@ -16,6 +16,7 @@ from dmq_jax.models.torch_weights import (
     read_params,
     read_settings,
     rename,
+    without_old_attention,
     without_prefix,
     write_tensors,
 )
@@ -263,3 +264,10 @@ def test_a_value_in_no_table_is_refused_by_name(value):
     assert choose('kind', {'a': 1}, 'a', class_name='Net') == 1
     with pytest.raises(ValueError, match='kind=.* of Net is not supported; expected'):
         choose('kind', {'a': 1}, value, class_name='Net')
+
+
+def test_both_spellings_of_attention_are_known_by_the_one_of_today():
+    old = ['mid.attentions.0.query.weight', 'mid.attentions.0.proj_attn.bias', 'query.weight']
+    new = ['mid.attentions.0.to_q.weight', 'mid.attentions.0.to_out.0.bias', 'query.weight']
+    assert without_old_attention(old) == dict(zip(new, old, strict=True))
+    assert without_old_attention(new) == {name: name for name in new}
