@@ -28,6 +28,7 @@ def get_config():
         'feature_loss': student({'name': 'efficientdm', 'loss': 'feature'}, finetune=finetune),
         'target_prediction': student('efficientdm', finetune=finetune | {'target': 'prediction'}),
         'target_step': student('efficientdm', finetune=finetune | {'target': 'step'}),
+        'drawn_by_student': student('efficientdm', finetune=finetune | {'drawn_by': 'student'}),
         'one_trajectory': student('efficientdm', finetune=finetune | {'positions': 'trajectory'}),
         'hundred_steps': student(
             'efficientdm', finetune=finetune | {'sampler': {'num_steps': 100}}

@@ -386,6 +386,8 @@ class FinetuneConfig:
     sampler: SamplerConfig = SamplerConfig()  # draws the x_t the two are compared at
     # 'trajectory': a batch descends all timesteps together; 'staggered': one start per image
     positions: Literal['trajectory', 'staggered'] = 'staggered'
+    # who leads the trajectories: 'student' meets the errors it has made before, as in sampling
+    drawn_by: Literal['teacher', 'student'] = 'teacher'
     # 'prediction': compare what the two predict; 'step': where it takes the sampler next;
     # 'balanced': between the two
     target: Literal['prediction', 'step', 'balanced'] = 'balanced'

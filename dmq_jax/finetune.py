@@ -1,7 +1,8 @@
 """Distillation of the teacher into a quantized student: data-free, resumable, sharded.
 
-Both networks see the same x_t, drawn by the teacher's own sampler from pure noise; one optimizer
-step per position on the trajectories (EfficientDM, arXiv:2310.03270, eq. 7). One program serves
+Both networks see the same x_t, drawn by the sampler from pure noise, led by the teacher's
+predictions or by the student's; one optimizer step per position on the trajectories (EfficientDM,
+arXiv:2310.03270, eq. 7). One program serves
 every timestep, and the float weights are an argument of it: teacher and student share one copy.
 """
 
@@ -152,9 +153,10 @@ def make_loss(
     lookup: str,
     config: FinetuneConfig,
 ) -> Callable[..., tuple[Float[Array, ''], Array]]:
-    """(state, params, x, t, y, gain) -> (loss, teacher's prediction); differentiable in the state.
+    """(state, params, x, t, y, gain) -> (loss, prediction); differentiable in the state.
 
-    `gain` ([] or [B]) multiplies both outputs before they are compared; see `step_gain`.
+    The prediction is of whom `config.drawn_by` names; it leads on to the next x_t. `gain` ([] or
+    [B]) multiplies both outputs before they are compared; see `step_gain`.
     """
     network = teacher.network
     if method.features is not None:
@@ -178,7 +180,8 @@ def make_loss(
         bound = denoisers.training_params(params, method.bind(params, state), timesteps)
         student_says = prediction(predict_student(bound, x, t, y))
         value = method.loss(weighed(student_says, gain), weighed(target, gain))
-        return value, target.output
+        leader = student_says if config.drawn_by == 'student' else target
+        return value, jax.lax.stop_gradient(leader.output)
 
     return loss
 
@@ -233,14 +236,14 @@ def make_train_step(
         # On a common trajectory all images are at one timestep: scalar rows, less work.
         if config.positions == 'trajectory':
             t, gain = t[0], gain[0]
-        (value, target), gradients = jax.value_and_grad(whole_loss, has_aux=True)(
+        (value, prediction), gradients = jax.value_and_grad(whole_loss, has_aux=True)(
             train.state, params, positions.carry.x, t, positions.labels, gain
         )
         # optax raises a float to its int32 step count, which strict promotion forbids.
         with jax.numpy_dtype_promotion('standard'):
             updates, optimizer_state = optimizer.update(gradients, train.optimizer, train.state)
         state = optax.apply_updates(train.state, updates)
-        positions = advance(positions, target, sampler, info, key)
+        positions = advance(positions, prediction, sampler, info, key)
         train = TrainState(state, optimizer_state, positions, train.step + 1)
         if device_mesh is not None:
             train = mesh.constrain(train, mesh.shardings(device_mesh, train, SHARDING_RULES))

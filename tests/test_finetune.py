@@ -108,6 +108,23 @@ def test_loss_and_gradients_are_the_same_on_one_and_on_eight_devices(problem):
     assert gap < TOLERANCE, f'{gap:.1e}'
 
 
+@pytest.mark.parametrize('leader', ['teacher', 'student'])
+def test_the_trajectory_is_led_by_the_predictions_of_whom_it_is_drawn_by(problem, leader):
+    teacher, method, state, plan = problem
+    config = make_config(drawn_by=leader)
+    loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', config)
+    x = np.random.default_rng(3).standard_normal((2, *INFO.image_shape)).astype(np.float32)
+    inputs = x, np.asarray([12, 24], np.int32), np.asarray([0, 1], np.int32)
+    _, prediction = loss(state, teacher.params, *inputs, np.ones(2, np.float32))
+    bound = method.bind(teacher.params, state)
+    student = denoisers.fake_student(teacher, plan, bound, TIMESTEPS, 'nearest')
+    said = {name: d.predict(d.params, *inputs) for name, d in
+            {'teacher': teacher, 'student': student}.items()}  # fmt: skip
+    other = said['student' if leader == 'teacher' else 'teacher']
+    assert norm(prediction - said[leader]) < TOLERANCE * norm(said[leader])
+    assert norm(prediction - other) > 10 * TOLERANCE * norm(other)
+
+
 def test_gradients_do_not_depend_on_recomputing_activations(problem):
     teacher, method, state, plan = problem
     inputs = jnp.ones((2, *INFO.image_shape)), jnp.asarray(50), jnp.array([0, 2]), jnp.ones(())
