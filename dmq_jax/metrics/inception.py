@@ -89,12 +89,9 @@ def _valid_conv(
     x: Float[Array, 'B H W C'], name: str, features: int, stride: int = 1
 ) -> Float[Array, 'B H2 W2 features']:
     """As `_conv`, 3x3 and without padding."""
-    # XLA's CPU back end is three times slower without any padding (conv_4: 16 and 53 GFLOP/s of
-    # a core, jax 0.10.2), so there is some, and what it adds is cut off.
-    padding = ((0, 1), (0, 1))
-    conv = nn.Conv(features, (3, 3), stride, padding, precision=lax.Precision.HIGHEST, name=name)
-    height, width = ((size - 3) // stride + 1 for size in x.shape[1:3])
-    return nn.relu(conv(x)[:, :height, :width])
+    precision = lax.Precision.HIGHEST
+    conv = nn.Conv(features, (3, 3), stride, 'VALID', precision=precision, name=name)
+    return nn.relu(conv(x))
 
 
 def _tower(x: Float[Array, 'B H W C'], name: str, *layers: tuple) -> Float[Array, 'B H W N']:
@@ -105,27 +102,44 @@ def _tower(x: Float[Array, 'B H W C'], name: str, *layers: tuple) -> Float[Array
     return x
 
 
-def _max_pool(x: Float[Array, 'B H W C']) -> Float[Array, 'B H2 W2 C']:
-    """Maximum of each 3x3, at every second position, without padding."""
+def _windows(x: Float[Array, 'B H W C'], axis: int, stride: int) -> list[Float[Array, 'B H2 W2 C']]:
+    """First, second and third position of every window of three along an axis."""
     # Slices: XLA's CPU back end takes 3 to 8 times longer for the same as a windowed reduction.
+    length = (x.shape[axis] - 3) // stride * stride + 1
+    return [
+        lax.slice_in_dim(x, start, start + length, stride=stride, axis=axis) for start in range(3)
+    ]
+
+
+def _max_pool(
+    x: Float[Array, 'B H W C'], *, stride: int = 2, padding: int = 0
+) -> Float[Array, 'B H2 W2 C']:
+    """Maximum of each 3x3 of values that are not negative: padding is 0."""
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     for axis in (1, 2):
-        count = (x.shape[axis] - 3) // 2 + 1
-        first, second, third = (
-            lax.slice_in_dim(x, start, start + 2 * count - 1, stride=2, axis=axis)
-            for start in range(3)
-        )
+        first, second, third = _windows(x, axis, stride)
         x = jnp.maximum(jnp.maximum(first, second), third)
+    return x
+
+
+def _average_pool(x: Float[Array, 'B H W C']) -> Float[Array, 'B H W C']:
+    """Mean of each 3x3, at the border of the pixels that exist."""
+    for axis in (1, 2):
+        counts = np.full([x.shape[axis] if a == axis else 1 for a in range(4)], 3, np.float32)
+        counts[(slice(None),) * axis + ([0, -1],)] = 2
+        padding = [(1, 1) if a == axis else (0, 0) for a in range(4)]
+        x = sum(_windows(jnp.pad(x, padding), axis, stride=1)) / counts
     return x
 
 
 def _average_pool_conv(
     x: Float[Array, 'B H W C'], name: str, features: int
 ) -> Float[Array, 'B H W features']:
-    """Mean over 3x3, at the border over the pixels that exist; then as `_conv`, 1x1."""
+    """`_average_pool`, then as `_conv`, 1x1."""
     # Both are linear and the weights of the mean add up to 1, so the convolution and its bias
     # may come first, which leaves fewer channels to pool.
     x = nn.Conv(features, (1, 1), precision=lax.Precision.HIGHEST, name=name)(x)
-    return nn.relu(nn.avg_pool(x, (3, 3), (1, 1), 'SAME', count_include_pad=False))
+    return nn.relu(_average_pool(x))
 
 
 class BlockA(nn.Module):
@@ -210,7 +224,7 @@ class BlockE(nn.Module):
         tower = _tower(x, 'tower', (384, (1, 1)))
         tower_1 = _tower(x, 'tower_1', (448, (1, 1)), (384, (3, 3)))
         if self.is_max_pooled:
-            tower_2 = _conv(nn.max_pool(x, (3, 3), (1, 1), 'SAME'), 'tower_2_conv', 192)
+            tower_2 = _conv(_max_pool(x, stride=1, padding=1), 'tower_2_conv', 192)
         else:
             tower_2 = _average_pool_conv(x, 'tower_2_conv', 192)
         branches = [
@@ -307,7 +321,26 @@ def network_id(network: InceptionNetwork) -> str:
     return digest.hexdigest()[:16]
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.cache
+def _compiled_features() -> Callable[..., InceptionFeatures]:
+    # On CPUs XLA hands convolutions to YNNPACK, whose float32 kernels are slower than its own:
+    # 91..131 to 124..159 GFLOP/s of two cores for 1x1, 100 to 125 for 3x3 with padding, 27 to 99
+    # without (jax 0.10.2 and 0.12.0 alike). An empty list of fusions keeps XLA's own.
+    options = {'xla_cpu_experimental_ynn_fusion_type': ''}
+    if jax.default_backend() != 'cpu' or not _are_known(options):
+        options = None
+    return jax.jit(_features, static_argnums=0, compiler_options=options)
+
+
+def _are_known(options: dict[str, str]) -> bool:
+    """Whether this version of XLA has the compiler options: experimental ones may disappear."""
+    try:
+        jax.jit(lambda: 0, compiler_options=options).lower().compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
 def _features(
     model: InceptionV3, params: Mapping[str, Any], images: UInt8[Array, 'B H W 3']
 ) -> InceptionFeatures:
@@ -322,7 +355,7 @@ def make_extractor(
 
     It compiles once for each batch size, height and width.
     """
-    return functools.partial(_features, network.model, network.params)
+    return functools.partial(_compiled_features(), network.model, network.params)
 
 
 def extract_batches(
