@@ -6,12 +6,13 @@ for two sets drawn from the same noise, the distance of each pair. A file that c
 (`mu`, `sigma`, `mu_s`, `sigma_s`) is taken at its word for FID and sFID, on either side.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 
 from dmq_jax import features
 from dmq_jax.files.images import ImageStream, ReferenceStatistics, write_reference
@@ -135,6 +136,48 @@ def read_set(
     )
 
 
+def read_batches(
+    network: inception.InceptionNetwork,
+    batches: Iterable[UInt8[np.ndarray, 'b H W 3']],
+    description: str,
+    options: Options = DEFAULTS,
+) -> ImageSet:
+    """`read_set` of images that pass by once, e.g. straight from a sampler; none are kept.
+
+    Args:
+      network: the weights.
+      batches: pixels, arrays of any lengths and one height and width.
+      description: what they are, for messages and the protocol.
+      options: batch size and devices.
+
+    Raises:
+      ValueError: as `features.extract`.
+    """
+    shapes = []
+
+    def watched() -> Iterator[UInt8[np.ndarray, 'b H W 3']]:
+        for images in batches:
+            shapes[:] = [images.shape[1:]]
+            yield images
+
+    found = features.extract(
+        network, watched(), num_images=None, description=f'features of {description}',
+        batch_size=options.batch_size, device_mesh=options.device_mesh,
+    )  # fmt: skip
+
+    def gone(*_: int) -> NoReturn:
+        raise ValueError(
+            f'{description}: the images themselves were not kept; write them to a file to compare '
+            'them in pairs.'
+        )
+
+    stream = ImageStream(
+        description=description, num_images=len(found.pool), image_shape=shapes[0],
+        statistics=None, read=gone, contents=gone,
+    )  # fmt: skip
+    return ImageSet(stream, found, found.gaussian, found.spatial_gaussian)
+
+
 def compare(real: ImageSet, drawn: ImageSet, options: Options = DEFAULTS) -> dict[str, float]:
     """The metrics of two sets that were read.
 
@@ -184,6 +227,12 @@ def check(reference: ImageStream, samples: ImageStream, options: Options) -> Non
             raise ValueError(f'metrics: {name!r} is none of {", ".join(METRICS)}.')
     if options.pr_dtype not in PR_DTYPES:
         raise ValueError(f'pr_dtype={options.pr_dtype!r}: expected {" or ".join(PR_DTYPES)}.')
+    if options.batch_size < 1:
+        raise ValueError(f'batch_size={options.batch_size}: expected at least 1.')
+    if options.num_resamples < 0 or options.num_resamples == 1:
+        raise ValueError(
+            f'bootstrap: {options.num_resamples} resamples, expected none or at least 2.'
+        )
     needed = {'fid': 2, 'sfid': 2, 'is': 1, 'pr': K + 1, 'dc': DENSITY_K + 1,
               'kid': kernel_distance.SUBSET_SIZE, 'paired': 1}  # fmt: skip
     for stream in (reference, samples):
@@ -257,7 +306,7 @@ def describe_network(network: inception.InceptionNetwork) -> dict[str, Any]:
     return {
         'weights': {
             'file': network.path.name, 'sha256': network.sha256,
-            'network_id': inception.network_id(network),
+            'network_id': network.network_id,
         },
         'preprocessing': 'TensorFlow 1 bilinear resize to 299x299 without antialiasing, '
                          '(x - 128) / 128',
@@ -283,17 +332,12 @@ def _neighbours(
 
 
 def _paired(drawn: ImageSet, real: ImageSet, batch_size: int) -> dict[str, float]:
-    psnr, ssim = [], []
     pairs = zip(drawn.stream.batches(batch_size), real.stream.batches(batch_size), strict=True)
-    for images, others in pairs:
-        psnr.append(similarity.compute_psnr(images, others))
-        if min(images.shape[1:3]) >= similarity.WINDOW_SIZE:
-            ssim.append(similarity.compute_ssim(images, others))
+    similar = similarity.compare_batches(pairs)
     distance = similarity.compute_feature_distance(drawn.features.pool, real.features.pool)
-    result = {'psnr': float(np.concatenate(psnr).mean())}
-    if ssim:
-        result['ssim'] = float(np.concatenate(ssim).mean())
-    return result | {'feature_distance': distance.mean_euclidean}
+    found = {'psnr': similar.mean_psnr, 'ssim': similar.mean_ssim,
+             'feature_distance': distance.mean_euclidean}  # fmt: skip
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _protocol(

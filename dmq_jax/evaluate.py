@@ -9,6 +9,7 @@ protocol of ADM, see `dmq_jax.adm`, which is also what the command computes.
 """
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -107,14 +108,15 @@ def inception_reference(config: EvaluateConfig) -> Reference:
     network = inception.load_inception(config.inception_weights or None)
     stream = open_images(config.reference)
     options = adm.Options(batch_size=config.batch_size)
-    kept: list[adm.ImageSet] = []  # the reference is looked at once for all networks of a run
+
+    @functools.cache  # once for all networks of a run, and not before there is one to compare
+    def real() -> adm.ImageSet:
+        return adm.read_set(network, stream, options)
 
     def compare(images, labels):
         del labels
-        real = kept[0] if kept else adm.read_set(network, stream, options)
-        kept[:] = [real]
         drawn = adm.read_set(network, array_stream(images, 'samples'), options)
-        found = adm.compare(real, drawn, options)
+        found = adm.compare(real(), drawn, options)
         return {
             'fd': found['fid'], 'precision': found['precision'], 'recall': found['recall'],
             'class_accuracy': None, 'sfid': found['sfid'],
@@ -174,14 +176,10 @@ def run(
       SSIM of images smaller than its window.
     """
     result = reference.compare(images, labels)
-    result |= {'psnr_to_teacher': None, 'ssim_to_teacher': None}
-    if teacher_images is not None:
-        psnr = similarity.compute_psnr(images, teacher_images)
-        result['psnr_to_teacher'] = float(psnr.mean())
-        if min(images.shape[1:3]) >= similarity.WINDOW_SIZE:
-            ssim = similarity.compute_ssim(images, teacher_images)
-            result['ssim_to_teacher'] = float(ssim.mean())
-    return result
+    if teacher_images is None:
+        return result | {'psnr_to_teacher': None, 'ssim_to_teacher': None}
+    similar = similarity.compare_images(images, teacher_images)
+    return result | {'psnr_to_teacher': similar.mean_psnr, 'ssim_to_teacher': similar.mean_ssim}
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -222,6 +220,8 @@ def command(arguments: list[str] | None = None) -> None:
     asked = _parse(arguments)
     if asked.json is not None and not asked.json.absolute().parent.is_dir():
         raise FileNotFoundError(f'{asked.json.parent}: no such folder; make it first.')
+    if asked.json is not None and asked.json.is_dir():
+        raise IsADirectoryError(f'{asked.json} is a folder; expected a file to write.')
     options = adm.Options(
         metrics=tuple(asked.metrics.split(',')), pr_dtype=asked.pr_dtype,
         batch_size=asked.batch_size, num_resamples=asked.bootstrap,

@@ -76,6 +76,18 @@ def test_the_paired_distance_is_between_image_i_and_image_i(read):
     assert found['feature_distance'] == pytest.approx(gaps.mean(), rel=1e-6)  # float32 features
 
 
+def test_batches_straight_from_a_sampler_are_measured_as_a_file_is(network, read):
+    real, drawn = read
+    images = random_images(1)
+    options = CHEAP._replace(batch_size=8)
+    passing = adm.read_batches(network, iter([images[:3], images[3:]]), 'drawn now', options)
+    assert (passing.stream.num_images, passing.stream.image_shape) == (COUNT, (20, 20, 3))
+    # The same program on the same batch.
+    assert adm.compare(real, passing, options) == adm.compare(real, drawn, options)
+    with pytest.raises(ValueError, match='drawn now: the images themselves were not kept'):
+        adm.compare(real, passing, options._replace(metrics=('paired',)))
+
+
 @pytest.fixture(scope='module')
 def reference_file(network, sets, tmp_path_factory):
     streams, options = sets
@@ -125,6 +137,8 @@ def test_the_protocol_names_weights_images_and_versions(network, sets, read):
     [
         ({'metrics': ('fidd',)}, "'fidd' is none of fid, sfid"),
         ({'metrics': ('kid',)}, '8 images, kid needs at least 1000'),
+        ({'batch_size': 0}, 'batch_size=0: expected at least 1'),
+        ({'num_resamples': 1}, 'bootstrap: 1 resamples, expected none or at least 2'),
         ({'pr_dtype': 'float16'}, "pr_dtype='float16': expected float32 or adm-fp16"),
     ],
 )

@@ -70,7 +70,7 @@ def time_network(num_batches: int, batch_size: int, image_size: int) -> tuple[fl
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     model = inception.InceptionV3()
     params = jax.jit(model.init)(jax.random.key(0), jnp.asarray(images[:1]))['params']
-    network = inception.InceptionNetwork(model, params, 'random', Path('random'))
+    network = inception.InceptionNetwork(model, params, 'random', Path('random'), 'random')
     extractor = inception.make_extractor(network)
     jax.block_until_ready(extractor(jax.device_put(images)))
     began = time.perf_counter()

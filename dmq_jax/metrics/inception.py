@@ -304,18 +304,20 @@ class InceptionNetwork(NamedTuple):
       params: its parameters, float32, batch normalisation folded in.
       sha256: of the file the weights were read from, in hex.
       path: that file.
+      network_id: names the weights, whichever kind of file they came from.
     """
 
     model: InceptionV3
     params: Mapping[str, Any]
     sha256: str
     path: Path
+    network_id: str
 
 
-def network_id(network: InceptionNetwork) -> str:
+def compute_network_id(params: Mapping[str, Any]) -> str:
     """Sixteen hex digits that name the weights, whichever kind of file they came from."""
     digest = hashlib.sha256()
-    for name, leaf in sorted(traverse_util.flatten_dict(dict(network.params), sep='/').items()):
+    for name, leaf in sorted(traverse_util.flatten_dict(dict(params), sep='/').items()):
         digest.update(name.encode())
         digest.update(np.asarray(leaf).astype('<f4').tobytes())
     return digest.hexdigest()[:16]
@@ -332,7 +334,7 @@ def _compiled_features() -> Callable[..., InceptionFeatures]:
     return jax.jit(_features, static_argnums=0, compiler_options=options)
 
 
-def _are_known(options: dict[str, str]) -> bool:
+def _are_known(options: dict[str, str | bool]) -> bool:
     """Whether this version of XLA has the compiler options: experimental ones may disappear."""
     try:
         jax.jit(lambda: 0, compiler_options=options).lower().compile()
@@ -445,10 +447,10 @@ def load_inception(path: str | os.PathLike | None = None) -> InceptionNetwork:
     with path.open('rb') as file:
         sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
     flat = inception_weights.read(path, _parameter_shapes())
-    params = {name: jnp.asarray(array) for name, array in flat.items()}
-    return InceptionNetwork(
-        InceptionV3(), traverse_util.unflatten_dict(params, sep='/'), sha256, path
+    params = traverse_util.unflatten_dict(
+        {name: jnp.asarray(array) for name, array in flat.items()}, sep='/'
     )
+    return InceptionNetwork(InceptionV3(), params, sha256, path, compute_network_id(params))
 
 
 @functools.cache
@@ -480,7 +482,7 @@ def convert(source: str | os.PathLike, destination: str | os.PathLike) -> str:
         'network': 'Inception-v3 of 2015-12-05, batch normalisation folded in',
         'source': network.path.name,
         'source_sha256': network.sha256,
-        'network_id': network_id(network),
+        'network_id': network.network_id,
     }
     data = safetensors.numpy.save({name: np.asarray(leaf) for name, leaf in flat.items()}, header)
     # Renamed when complete: a kill must not leave half a file to be found.

@@ -8,6 +8,7 @@ image, and the values of colour channels are averaged.
 """
 
 import dataclasses
+from collections.abc import Iterable
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -34,11 +35,11 @@ class Similarity:
 
     Attributes:
       psnr: in decibels, at most `MAX_PSNR`.
-      ssim: in -1..1, 1 for identical images.
+      ssim: in -1..1, 1 for identical images; None where images are smaller than its window.
     """
 
     psnr: Float[np.ndarray, 'N']
-    ssim: Float[np.ndarray, 'N']
+    ssim: Float[np.ndarray, 'N'] | None
 
     @property
     def mean_psnr(self) -> float:
@@ -46,9 +47,9 @@ class Similarity:
         return float(self.psnr.mean())
 
     @property
-    def mean_ssim(self) -> float:
-        """Mean over the pairs."""
-        return float(self.ssim.mean())
+    def mean_ssim(self) -> float | None:
+        """Mean over the pairs, if there is any."""
+        return None if self.ssim is None else float(self.ssim.mean())
 
 
 def compare_images(
@@ -57,9 +58,27 @@ def compare_images(
     """PSNR and SSIM of image i with reference image i.
 
     Raises:
-      ValueError: as `compute_psnr` and `compute_ssim`.
+      ValueError: as `compute_psnr`.
     """
-    return Similarity(compute_psnr(images, reference), compute_ssim(images, reference))
+    return compare_batches([(images, reference)])
+
+
+def compare_batches(
+    pairs: Iterable[tuple[UInt8[np.ndarray, 'n H W C'], UInt8[np.ndarray, 'n H W C']]],
+) -> Similarity:
+    """`compare_images` of two sets that arrive in batches of one height and width.
+
+    Raises:
+      ValueError: as `compute_psnr`, or if there is no batch.
+    """
+    psnr, ssim = [], []
+    for images, reference in pairs:
+        psnr.append(compute_psnr(images, reference))
+        if min(images.shape[1:3]) >= WINDOW_SIZE:
+            ssim.append(compute_ssim(images, reference))
+    if not psnr:
+        raise ValueError('there are no images: expected at least 1 pair.')
+    return Similarity(np.concatenate(psnr), np.concatenate(ssim) if ssim else None)
 
 
 def compute_psnr(

@@ -115,3 +115,22 @@ def test_features_that_are_not_pairs_are_refused():
         similarity.compute_feature_distance(good[:0], good[:0])
     with pytest.raises(ValueError, match='1 of 6 values of the second features'):
         similarity.compute_feature_distance(good, np.array([[0, 0, 0], [0, np.nan, 0]]))
+
+
+def test_batches_of_pairs_are_the_pairs_of_all():
+    a, b = (
+        np.random.default_rng(seed).integers(0, 256, (5, 12, 13, 3), np.uint8) for seed in (0, 1)
+    )
+    whole = similarity.compare_images(a, b)
+    parts = similarity.compare_batches((a[rows], b[rows]) for rows in (slice(2), slice(2, 5)))
+    np.testing.assert_array_equal(parts.psnr, whole.psnr)
+    np.testing.assert_array_equal(parts.ssim, whole.ssim)
+    with pytest.raises(ValueError, match='at least 1 pair'):
+        similarity.compare_batches([])
+
+
+def test_images_smaller_than_the_window_have_a_psnr_and_no_ssim():
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    small = similarity.compare_images(images, images)
+    assert small.mean_psnr == similarity.MAX_PSNR
+    assert small.ssim is None and small.mean_ssim is None
