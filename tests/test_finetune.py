@@ -271,6 +271,14 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(problem, tmp_p
         run(problem, make_config(batch_size=6), tmp_path, data=8)
 
 
+def test_a_group_that_learns_nothing_survives_a_file(tmp_path):
+    state = {'lora': {'a': np.ones(2, np.float32)}, 'affine': {}}
+    finetune.save(tmp_path / 'state.safetensors', finetune.Finetuned(state, 1.5))
+    loaded = finetune.load(tmp_path / 'state.safetensors', like=state).state
+    assert loaded.keys() == state.keys()
+    assert loaded['affine'] == {}
+
+
 def test_a_saved_state_loads_as_it_was_and_only_into_its_own_method(problem, tmp_path):
     state = jax.device_get(problem[2])
     finetune.save(tmp_path / 'state.safetensors', finetune.Finetuned(state, 1.5))
