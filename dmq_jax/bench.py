@@ -1,5 +1,7 @@
 """Speed and memory of fine-tuning and sampling: `python -m dmq_jax.bench [--model=cifar10]`.
 
+With `--network=NAME` it is one network of `network_bench` at its real size, beside diffusers'.
+
 Four rows: the teacher's forward pass, one fine-tuning step (EfficientDM, W4A4: teacher forward,
 student forward and backward, update), sampling in float32, sampling on integers. On a busy machine
 only ratios mean anything, so all rows take turns in one process and the same round is compared.
@@ -9,7 +11,6 @@ Scales are made up, which changes no duration; the CIFAR-10 U-Net has random wei
 import dataclasses
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -23,11 +24,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from dmq_jax import denoisers, exporting, finetune, methods, sampling, teachers
+from dmq_jax import denoisers, exporting, finetune, methods, network_bench, sampling, teachers
 from dmq_jax.config import EfficientDMConfig, FinetuneConfig, QuantConfig, SamplerConfig
 from dmq_jax.diffusion import samplers
 from dmq_jax.diffusion.schedule import Schedule
 from dmq_jax.models.ddpm_unet import DDPMUNet
+from dmq_jax.network_bench import MEGABYTE, peak_rss_mb
 from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import INPUT_ROLES
 from dmq_jax.runtime import log
@@ -35,14 +37,25 @@ from dmq_jax.runtime import log
 MODELS = ('cifar10', 'bundled')
 ROWS = ('teacher', 'finetune', 'sample_float', 'sample_integer')
 TABLE_STEPS = 20  # rows of the made-up tables of scales
-MEGABYTE = 1e6
 
 _MODEL = flags.DEFINE_enum('model', 'cifar10', MODELS, 'Random CIFAR-10 U-Net, or our teacher.')
-_BATCH_SIZE = flags.DEFINE_integer('batch_size', 8, 'Images per call.', lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    'batch_size', None, 'Images per call; 8, with --network 1.', lower_bound=1
+)
 _NUM_STEPS = flags.DEFINE_integer('num_steps', 2, 'DDIM steps of the sampling rows.', lower_bound=1)
 _NUM_ROUNDS = flags.DEFINE_integer('num_rounds', 7, 'Timed calls of each row.', lower_bound=1)
 _ROWS = flags.DEFINE_list('rows', list(ROWS), f'Which of {", ".join(ROWS)}.')
 _JSON = flags.DEFINE_string('json', None, 'File that receives the same numbers.')
+_NETWORK = flags.DEFINE_enum(
+    'network', None, list(network_bench.CASES), 'Measure this network alone, at its real size.'
+)
+_DTYPE = flags.DEFINE_enum(
+    'dtype', 'float32', ['float32', 'bfloat16'], "Of the network's parameters."
+)
+_TORCH_PYTHON = flags.DEFINE_string(
+    'torch_python', sys.executable, "Interpreter with torch and diffusers for --network; '': none."
+)
+_FOLDER = flags.DEFINE_string('folder', None, 'For the temporary checkpoint of --network.')
 _MEMORY = flags.DEFINE_bool('memory', True, 'Run each row once more, alone, for its peak memory.')
 
 
@@ -229,16 +242,10 @@ def measure(programs: Mapping[str, Program], config: BenchConfig) -> dict[str, R
     return result
 
 
-def peak_rss_mb() -> float:
-    """The most memory this process has ever held."""
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEGABYTE
-
-
 def measure_alone(name: str) -> float:
     """The peak memory of a process that sets up, compiles and runs one row and the teacher's."""
     command = [sys.executable, '-m', 'dmq_jax.bench', f'--rows={name}', '--num_rounds=1']
-    command += [f'--model={_MODEL.value}', f'--batch_size={_BATCH_SIZE.value}', '--nomemory']
+    command += [f'--model={_MODEL.value}', f'--batch_size={_BATCH_SIZE.value or 8}', '--nomemory']
     command += [f'--num_steps={_NUM_STEPS.value}', '--json=/dev/stdout']
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     return json.loads(done.stdout[done.stdout.index('{') :])['peak_rss_mb']
@@ -266,18 +273,44 @@ def report(model: str, config: BenchConfig, rows: Mapping[str, Row]) -> dict[str
         **dataclasses.asdict(config),
         'rows': {name: row._asdict() for name, row in rows.items()},
         'peak_rss_mb': peak_rss_mb(),
+        **circumstances(),
+    }
+
+
+def circumstances() -> dict[str, Any]:
+    """Where a measurement was made."""
+    return {
         'device': jax.devices()[0].device_kind,
-        'num_cores': os.cpu_count(),
+        'num_cores': len(os.sched_getaffinity(0)) if sys.platform == 'linux' else os.cpu_count(),
         'versions': log.versions(),
         'revision': log.git_revision(),
     }
 
 
+def _measure_network(name: str) -> None:
+    python = _TORCH_PYTHON.value
+    if not (python and network_bench.has_contestant(python)):
+        python = None
+    row = network_bench.measure(
+        name, dtype=_DTYPE.value, batch_size=_BATCH_SIZE.value or 1,
+        num_rounds=_NUM_ROUNDS.value, torch_python=python, folder=_FOLDER.value,
+    )  # fmt: skip
+    print('\n'.join([*network_bench.HEADER, network_bench.markdown(name, row)]), flush=True)
+    if _JSON.value:
+        result = {
+            'network': name, 'dtype': _DTYPE.value, 'batch_size': _BATCH_SIZE.value or 1,
+            **row._asdict(), **circumstances(),
+        }  # fmt: skip
+        Path(_JSON.value).write_text(json.dumps(result, indent=2) + '\n')
+
+
 def _main(arguments: list[str]) -> None:
+    if _NETWORK.value:
+        return _measure_network(_NETWORK.value)
     if arguments[1:] or not set(_ROWS.value) <= set(ROWS):
         raise app.UsageError(f'--rows={_ROWS.value}: expected some of {", ".join(ROWS)}.')
     config = BenchConfig(
-        batch_size=_BATCH_SIZE.value, num_steps=_NUM_STEPS.value, num_rounds=_NUM_ROUNDS.value
+        batch_size=_BATCH_SIZE.value or 8, num_steps=_NUM_STEPS.value, num_rounds=_NUM_ROUNDS.value
     )
     programs = make_programs(load_model(_MODEL.value), config, tuple(_ROWS.value))
     rows = measure(programs, config)

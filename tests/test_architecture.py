@@ -52,7 +52,10 @@ ALLOWED = {
     | {'train_classifier'}
     | LIBRARIES,
     'train_classifier': LIBRARIES,
-    'bench': {'command_line', 'denoisers', 'teachers', 'kernels'} | STAGES | LIBRARIES,
+    'bench': {'command_line', 'denoisers', 'network_bench', 'teachers', 'kernels'}
+    | STAGES
+    | LIBRARIES,
+    'network_bench': {'checkpoints'} | LIBRARIES,
 }
 
 COMMANDS = ('command_line.py', 'main.py', 'train_teacher.py', 'bench.py')

@@ -121,7 +121,7 @@ def ddim_tensors(seed=0):
     last = len(network.channels) - 1
     tensors = {}
     for name, array in write_tensors(
-        params, functools.partial(ddpm_weights._ddim_source, last=last)
+        params, functools.partial(ddpm_weights.ddim_source, last=last)
     ).items():
         is_attention = '.attn' in name and 'norm' not in name and array.ndim == 2
         tensors[name] = array[:, :, None, None] if is_attention else array

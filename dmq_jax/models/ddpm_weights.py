@@ -221,7 +221,7 @@ def params_from_diffusers(
     """
     names = without_old_attention(tensors)
     return read_params(
-        tensors, _shapes(network), _diffusers_source, names=names, dtype=dtype, put=put
+        tensors, _shapes(network), diffusers_source, names=names, dtype=dtype, put=put
     )
 
 
@@ -247,21 +247,23 @@ def params_from_ddim(
             f'expected None.'
         )
     names = {name.removeprefix('module.'): name for name in tensors}
-    source = functools.partial(_ddim_source, last=len(network.channels) - 1)
+    source = functools.partial(ddim_source, last=len(network.channels) - 1)
     return read_params(tensors, _shapes(network), source, names=names, dtype=dtype, put=put)
 
 
-def _ddim_source(path: str, *, last: int) -> Source:
+def ddim_source(path: str, *, last: int) -> Source:
+    """Where DDIM's state dict has the parameter at `path`; `last` is the coarsest level."""
     name = rename(path, _DDIM)
     return Source(re.sub(r'^up\.(\d+)', lambda match: f'up.{last - int(match[1])}', name))
 
 
 def diffusers_from_params(params: PyTree) -> dict[str, np.ndarray]:
     """The state dict of the `UNet2DModel` with these parameters: `params_from_diffusers` undone."""
-    return write_tensors(params, _diffusers_source)
+    return write_tensors(params, diffusers_source)
 
 
-def _diffusers_source(path: str) -> Source:
+def diffusers_source(path: str) -> Source:
+    """Where a state dict of diffusers has the parameter at `path`."""
     return Source(rename(path, _DIFFUSERS))
 
 

@@ -17,17 +17,18 @@ ROOT = Path(__file__).parents[2]
 SHARE, CONSTANT_MB = 1.25, 100
 
 SCRIPT = """
-import resource, sys
+import sys
 import jax
+from dmq_jax.network_bench import peak_rss_mb
 from dmq_jax.teachers import load_teacher
 
 jax.block_until_ready(jax.numpy.zeros(1))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_rss_mb()
 teacher = load_teacher(sys.argv[1], dtype=sys.argv[2])
 jax.block_until_ready(teacher.params)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+after = peak_rss_mb()
 size = sum(leaf.nbytes for leaf in jax.tree.leaves(teacher.params))
-print((after - before) / 1e3, size / 1e6)
+print(after - before, size / 1e6)
 """
 
 

@@ -101,8 +101,7 @@ def test_long_attention_in_pieces_is_the_products_with_its_gradients(sizes):
     batch, length, keys = sizes
     rng = np.random.default_rng(0)
     q, k, v = (
-        jnp.asarray(rng.standard_normal((batch, n, 2, 4)), np.float32)
-        for n in (length, keys, keys)
+        jnp.asarray(rng.standard_normal((batch, n, 2, 4)), np.float32) for n in (length, keys, keys)
     )
 
     def value(products, *inputs):
