@@ -84,6 +84,9 @@ class TeacherConfig:
     ema: bool | None = None  # moving average or weights; None: as the original's samplers do
     dtype: Literal['float32', 'bfloat16'] = 'float32'  # of the parameters on the device
     negative_prompt: str | None = None  # the null condition of guidance; None: the empty text
+    # of an upsampler: an .npz with the small images as arr_0 and their classes as arr_1; image i of
+    # a run is made of small image i, and again from the first
+    low_res: str | None = None
 
     def __post_init__(self):
         _check_choices(self)

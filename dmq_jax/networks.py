@@ -1,10 +1,10 @@
 """Networks of every family behind one call, `apply(variables, x, t, y)`, and as JSON values.
 
 `y` is whatever a network is conditioned on besides noise and time, a pytree with a leading batch
-axis: None, class labels, or a mapping of further inputs. A network that looks at a text or at the
-embedding of a class is wrapped in `Conditioned`: what it looks at stands in a table among its
-parameters, one row for every class or prompt, so that its `y` is labels as well. The last row, one
-more than there are labels, is the null condition of classifier-free guidance.
+axis: None, class labels, or a mapping of further inputs. A network that looks at a text, at the
+embedding of a class or at a small image is wrapped in `Conditioned`: what it looks at stands in a
+table among its parameters, one row for every class, prompt or image, so that its `y` is labels as
+well. A row more than there are labels is the null condition of classifier-free guidance, the last.
 """
 
 import dataclasses
@@ -72,7 +72,8 @@ class Conditioned:
             table = variables['params'][TABLE]
             inputs |= {name: table[name][label] for name, _ in self.rows}
         for name in inputs:
-            if name.endswith('_mask'):
+            # Tables are float32, as all parameters.
+            if name.endswith('_mask') or name == 'y':
                 inputs[name] = inputs[name].astype(jnp.int32)
         return self.network.apply(variables, x, t, **inputs, **options)
 
@@ -86,6 +87,8 @@ class Conditioned:
         inputs = dict(y) if isinstance(y, Mapping) else {}
         label = inputs.pop(LABEL, jnp.zeros(x.shape[:1], jnp.int32))
         inputs |= {name: table[name][label] for name in table}
+        if 'y' in table:
+            inputs['y'] = label * 0
         variables = self.network.init(keys[0], x, t, **inputs)
         if not self.rows:
             return variables

@@ -88,7 +88,7 @@ def load_teacher(
       kind: one of `checkpoints.opening.KINDS`; 'auto' tells it by the tensors.
       **options: of `checkpoints.options.Options`: `settings` (what the file does not tell: a JSON
         file or a published name), `components` (a diffusers folder with what it lacks), `ema`,
-        `dtype`, `prompts`, `negative_prompt`.
+        `dtype`, `prompts`, `negative_prompt`, `low_res` (the small images of an upsampler).
 
     Raises:
       FileNotFoundError: no such bundled name, file or folder, or a part that is missing.

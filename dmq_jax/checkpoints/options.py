@@ -23,6 +23,7 @@ class Options:
       dtype: of the denoiser's parameters, 'float32' or 'bfloat16'.
       prompts: what a text-conditional network is asked for, one label each; None: nothing, in
         one empty prompt.
+      low_res: an `.npz` of the small images that an upsampler enlarges, and their classes.
       negative_prompt: the null condition of guidance; None: the empty text.
       shapes_only: parameters become `jax.ShapeDtypeStruct`: every tensor is checked, none is kept,
         and no text encoder runs.
@@ -34,6 +35,7 @@ class Options:
     ema: bool | None = None
     dtype: str = 'float32'
     prompts: Sequence[str] | None = None
+    low_res: str | None = None
     negative_prompt: str | None = None
     shapes_only: bool = False
 

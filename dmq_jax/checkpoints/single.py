@@ -17,6 +17,7 @@ from dmq_jax.checkpoints import text
 from dmq_jax.checkpoints.decoders import decoder_from_compvis, decoder_from_folder
 from dmq_jax.checkpoints.opening import Tensors
 from dmq_jax.checkpoints.options import Options, place, read_settings, unknown_settings
+from dmq_jax.checkpoints.small_images import with_small_images
 from dmq_jax.denoisers import Decoder, Denoiser, DenoiserInfo, float_denoiser
 from dmq_jax.diffusion.schedule import Schedule
 from dmq_jax.models import adm_weights, ddpm_weights, dit_weights, ldm_weights
@@ -132,10 +133,18 @@ def load_adm(tensors: Tensors, options: Options) -> Denoiser:
     defaults['num_train_timesteps'] = flags.get('diffusion_steps', 1000)
     process = {**defaults, **process}
     side = process.pop('image_size', None) or flags.get('large_size') or flags.get('image_size', 64)
+    learned_variance = network.out_channels == 2 * network.in_channels
+    num_classes = network.num_classes
+    if network.low_res_channels:
+        network, params, num_classes = with_small_images(network, params, options, side=side)
+    elif options.low_res is not None:
+        raise ValueError(
+            f'teacher.low_res={options.low_res!r}, but this network enlarges nothing; expected '
+            f'None.'
+        )
     return _finish(
-        Conditioned(network) if network.low_res_channels else network, params, options, process,
-        side=side, learned_variance=network.out_channels == 2 * network.in_channels,
-        num_classes=network.num_classes,
+        network, params, options, process,
+        side=side, learned_variance=learned_variance, num_classes=num_classes,
     )  # fmt: skip
 
 
