@@ -12,7 +12,8 @@ from tests import tiny
 FILES = [
     Path(__file__).parents[1] / f'configs/{name}.py'
     for name in (
-        'ddim_cifar10', 'adm_imagenet64', 'adm_upsampler256', 'ldm_imagenet256', 'ldm_bedrooms', 'ldm_churches',
+        'ddim_cifar10', 'adm_imagenet64', 'adm_upsampler256', 'ldm_imagenet256', 'ldm_bedrooms',
+        'ldm_churches',
         'dit_imagenet256', 'sd15', 'sdxl', 'pixart',
     )
 ]  # fmt: skip
