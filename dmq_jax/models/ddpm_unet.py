@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dmq_jax.models.convolution import convolve
 from dmq_jax.models.tap import Product
 
 
@@ -172,8 +173,9 @@ def conv3x3(
 ) -> Callable[[Array], Array]:
     """A 3x3 convolution that pads with zeros like the original (one pixel unless told)."""
     return nn.Conv(
-        width, (3, 3), strides=(strides, strides), padding=padding, dtype=dtype, name=name
-    )
+        width, (3, 3), strides=(strides, strides), padding=padding, dtype=dtype, name=name,
+        conv_general_dilated=convolve,
+    )  # fmt: skip
 
 
 class GroupNorm(nn.Module):
