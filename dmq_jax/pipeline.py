@@ -138,8 +138,13 @@ def describe(context: Run) -> list[str]:
     ]
 
 
-def load_teacher(config: Config) -> denoisers.Denoiser:
+def load_teacher(config: Config, device_mesh: mesh.Mesh | None = None) -> denoisers.Denoiser:
     """The teacher of a run, and the prompts that a text-conditional one is asked for.
+
+    Args:
+      config: of the run.
+      device_mesh: over which every weight is spread as soon as it is read, if weights are spread;
+        None: all stay on the default device.
 
     Raises:
       FileNotFoundError: no file of prompts; see also `teachers.load_teacher`.
@@ -158,6 +163,9 @@ def load_teacher(config: Config) -> denoisers.Denoiser:
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise ValueError(f'sample.prompts={config.sample.prompts!r}: no prompt in this file.')
+    # Of several processes each spreads the whole later, once its digest is taken.
+    if device_mesh is not None and jax.process_count() == 1:
+        options['put'] = mesh.weight_placer(device_mesh)
     return teachers.load_teacher(options.pop('path'), prompts=prompts, **options)
 
 
@@ -176,7 +184,7 @@ def open_run(config: Config, workdir: Path, reference: evaluate.Reference | None
             device_mesh, min(config.calibrate.batch_size, config.calibrate.num_images),
             name='calibrate.batch_size',
         )  # fmt: skip
-    teacher = load_teacher(config)
+    teacher = load_teacher(config, device_mesh)
     if reference is not None:
         evaluate.check(reference, teacher.info, config.sample.num_images)
     layers = denoisers.quantizable(teacher)

@@ -32,8 +32,12 @@ from dmq_jax.denoisers import (
 )
 from dmq_jax.files.safetensors import SafetensorsReader, open_safetensors
 from dmq_jax.networks import Network
+from dmq_jax.runtime import checkpoint
 
 FORMAT = 'dmq_jax.teacher.1'
+ORBAX_FORMAT = 'dmq_jax.teacher.orbax.1'
+# A folder with these is a teacher in orbax' format.
+_ORBAX_SETTINGS, _ORBAX_PARAMS = 'teacher.json', 'params'
 _EXPORT = 'dmq_jax.export.1'
 _BUNDLED = 'teacher.safetensors'
 
@@ -41,29 +45,32 @@ _BUNDLED = 'teacher.safetensors'
 def save_teacher(
     path: str | os.PathLike, teacher: Denoiser, metadata: dict[str, Any] | None = None
 ) -> None:
-    """Writes a float teacher as one safetensors file, weights in float16.
+    """Writes a float teacher as one safetensors file, weights in float16, or in orbax' format.
 
     Args:
-      path: the file; its folder must exist.
+      path: the file, whose folder must exist; one without an ending becomes a folder that orbax
+        writes, weights as they are.
       teacher: a float denoiser; the decoder of one of latents is not written.
       metadata: facts about its training, JSON values.
     """
     from safetensors.numpy import save_file
 
+    described = {
+        'network': json.dumps(network_settings(teacher.network)),
+        'info': json.dumps(info_settings(teacher.info)),
+        'training': json.dumps(metadata or {}),
+    }
+    if not Path(path).suffix:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        checkpoint.save_tree(Path(path) / _ORBAX_PARAMS, teacher.params)
+        text = json.dumps({'format': ORBAX_FORMAT, **described}, indent=2)
+        (Path(path) / _ORBAX_SETTINGS).write_text(text + '\n')
+        return
     tensors = {
         name: np.ascontiguousarray(np.asarray(leaf, np.float16))
         for name, leaf in traverse_util.flatten_dict(teacher.params, sep='/').items()
     }
-    save_file(
-        tensors,
-        path,
-        {
-            'format': FORMAT,
-            'network': json.dumps(network_settings(teacher.network)),
-            'info': json.dumps(info_settings(teacher.info)),
-            'training': json.dumps(metadata or {}),
-        },
-    )
+    save_file(tensors, path, {'format': FORMAT, **described})
 
 
 def load_teacher(
@@ -78,7 +85,8 @@ def load_teacher(
     Known are folders saved by diffusers (components in subfolders or at the root; safetensors,
     sharded, .bin, variants such as fp16), state dicts of DDIM and of guided diffusion (ADM),
     checkpoints of CompVis (latent diffusion, Stable Diffusion), and those of DiT and PixArt, as
-    safetensors or as torch.save wrote them. No torch is needed, and nothing in a file is run.
+    safetensors or as torch.save wrote them; and the folder of `save_teacher`. No torch is needed,
+    and nothing in a file is run.
 
     Args:
       path: name, file or folder.
@@ -128,6 +136,8 @@ def _load_folder(folder: Path, kind: str, options: Options) -> Denoiser:
         raise ValueError(
             f'{folder}: a quantized network, not a float teacher; load it with dmq_jax.load.'
         )
+    if (folder / _ORBAX_SETTINGS).is_file() and kind in ('auto', 'dmq_jax'):
+        return _load_orbax(folder, options)
     if kind not in ('auto', 'diffusers'):
         raise ValueError(
             f'teacher.kind={kind!r}, but {folder} is a folder: expected a file, or kind '
@@ -153,12 +163,37 @@ def _load_ours(file: Path, options: Options) -> Denoiser:
         raise ValueError(f'{file}: format is {found!r}, expected {FORMAT!r}{hint}.')
     network = make_network(json.loads(tensors.metadata['network']))
     info = make_info(json.loads(tensors.metadata['info']))
+    return _ours(tensors, network, info, options, source=str(file))
+
+
+def _load_orbax(folder: Path, options: Options) -> Denoiser:
+    file = folder / _ORBAX_SETTINGS
+    try:
+        described = json.loads(file.read_text(encoding='utf-8'))
+        if described['format'] != ORBAX_FORMAT:
+            raise ValueError(f'format is {described["format"]!r}, expected {ORBAX_FORMAT!r}')
+        network = make_network(json.loads(described['network']))
+        info = make_info(json.loads(described['info']))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{file}: not what save_teacher wrote ({error}).') from error
+    tensors = traverse_util.flatten_dict(checkpoint.load_tree(folder / _ORBAX_PARAMS), sep='/')
+    return _ours(tensors, network, info, options, source=str(folder))
+
+
+def _ours(
+    tensors: Mapping[str, Any],
+    network: Network,
+    info: DenoiserInfo,
+    options: Options,
+    *,
+    source: str,
+) -> Denoiser:
     if options.num_classes not in (None, info.num_classes):
         raise ValueError(
-            f'teacher.num_classes={options.num_classes}: {file} says that it has '
+            f'teacher.num_classes={options.num_classes}: {source} says that it has '
             f'{info.num_classes}; expected None.'
         )
-    check_tensors(network, info, tensors, source=str(file))
+    check_tensors(network, info, tensors, source=source)
     reading = options.reading()
     params = {
         name: reading['put'](name, tensors[name].astype(reading['dtype'])) for name in tensors

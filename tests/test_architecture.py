@@ -28,7 +28,7 @@ ALLOWED = {
     'networks': {'models'},
     'denoisers': {'methods', 'quant', 'networks', 'diffusion', 'kernels'},
     'checkpoints': {'denoisers', 'diffusion', 'files', 'models', 'networks'},
-    'teachers': {'assets', 'checkpoints', 'denoisers', 'files', 'networks'},
+    'teachers': {'assets', 'checkpoints', 'denoisers', 'files', 'networks', 'runtime'},
     **{stage: {'denoisers', 'kernels'} | LIBRARIES for stage in STAGES},
     # It reads what these two wrote.
     'reporting': {'calibrate', 'exporting', 'denoisers', 'kernels'} | LIBRARIES,

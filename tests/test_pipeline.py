@@ -193,6 +193,18 @@ def test_metrics_have_a_protocol_and_a_row_per_network(whole):
     assert rows['edm']['finetune_seconds'] > 0 and rows['rtn']['finetune_seconds'] == 0
 
 
+@pytest.mark.slow
+def test_weights_that_are_spread_as_they_are_read_go_all_the_way(whole, config_file, tmp_path):
+    config = read_config(config_file, mesh__fsdp=2)
+    context = pipeline.open_run(config, tmp_path, None)
+    kernel = context.teacher.params['mid']['block_0']['conv1']['kernel']
+    assert kernel.addressable_shards[0].data.size == kernel.size // 2
+    pipeline.run(config, tmp_path)
+    # Sums over the batch are taken in another order: nearly the same numbers.
+    mine, theirs = metrics_of(tmp_path), metrics_of(whole)
+    assert mine.keys() == theirs.keys()
+
+
 def test_a_second_call_changes_nothing(whole, config_file, monkeypatch):
     for stage in (pipeline.calibrate, pipeline.finetune, pipeline.analysis):
         monkeypatch.setattr(stage, 'run', None)

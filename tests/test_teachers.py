@@ -7,13 +7,14 @@ import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
-from dmq_jax import denoisers
+from dmq_jax import denoisers, networks
 from dmq_jax.config import SamplerConfig
 from dmq_jax.denoisers import DenoiserInfo, float_denoiser
 from dmq_jax.diffusion.schedule import Schedule
 from dmq_jax.files.safetensors import open_safetensors
 from dmq_jax.models import ddpm_weights
 from dmq_jax.models.ddpm_unet import DDPMUNet
+from dmq_jax.runtime import mesh
 from dmq_jax.teachers import load_teacher, save_teacher
 
 NETWORK = DDPMUNet(
@@ -70,6 +71,51 @@ def test_a_saved_teacher_comes_back_the_same(teacher, saved):
 
 def test_saved_weights_are_float16(saved):
     assert {tensor.dtype for tensor in load_file(saved).values()} == {np.dtype(np.float16)}
+
+
+@pytest.fixture
+def folder(teacher, tmp_path):
+    path = tmp_path / 'teacher'
+    save_teacher(path, teacher, {'steps': 7})
+    return path
+
+
+def test_a_teacher_in_the_format_of_orbax_comes_back_the_same(teacher, folder):
+    loaded = load_teacher(folder)
+    assert loaded.network == teacher.network and loaded.info == teacher.info
+    assert_same_tree(loaded.params, teacher.params)
+    kept = load_teacher(folder, kind='dmq_jax', dtype='bfloat16')
+    assert {leaf.dtype for leaf in jax.tree.leaves(kept.params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    'change, text',
+    [
+        ({'format': 'other'}, "format is 'other', expected 'dmq_jax.teacher.orbax.1'"),
+        (
+            {'network': json.dumps(networks.to_settings(NETWORK.clone(layers_per_block=2)))},
+            'tensors missing, e.g.',
+        ),
+        ({'info': '[]'}, 'not what save_teacher wrote'),
+    ],
+)
+def test_another_folder_of_orbax_is_refused(folder, change, text):
+    file = folder / 'teacher.json'
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match=text):
+        load_teacher(folder)
+
+
+def test_weights_are_spread_while_they_are_read(teacher, saved):
+    spread = mesh.make_mesh(1, 2, 2)
+    loaded = load_teacher(saved, put=mesh.weight_placer(spread))
+    assert_same_tree(loaded.params, teacher.params)
+    wanted = mesh.shard_weights(spread, teacher.params)
+    for mine, theirs in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(wanted), strict=True):
+        assert mine.sharding == theirs.sharding
+    kernel = loaded.params['mid']['block_0']['conv1']['kernel']
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    assert mesh.weight_placer(mesh.make_mesh(4)) is None
 
 
 def rewrite(path, change):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class Options:
       negative_prompt: the null condition of guidance; None: the empty text.
       shapes_only: parameters become `jax.ShapeDtypeStruct`: every tensor is checked, none is kept,
         and no text encoder runs.
+      put: called with path and array of every weight of the network; the array, where it is to
+        stay, takes its place. None: the default device.
     """
 
     num_classes: int | None = None
@@ -38,10 +40,12 @@ class Options:
     low_res: str | None = None
     negative_prompt: str | None = None
     shapes_only: bool = False
+    put: Callable[[str, np.ndarray], Any] | None = None
 
     def reading(self) -> dict[str, Any]:
         """The arguments of `torch_weights.read_params`: each tensor goes where it will stay."""
-        return {'dtype': jnp.dtype(self.dtype), 'put': _shape if self.shapes_only else place}
+        put = _shape if self.shapes_only else self.put or place
+        return {'dtype': jnp.dtype(self.dtype), 'put': put}
 
 
 def _shape(path: str, array: np.ndarray) -> jax.ShapeDtypeStruct:

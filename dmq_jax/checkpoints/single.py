@@ -181,7 +181,7 @@ def load_dit(tensors: Tensors, options: Options) -> Denoiser:
 def load_pixart(tensors: Tensors, options: Options) -> Denoiser:
     """An original PixArt checkpoint; text encoder and autoencoder come from `components`."""
     _, given, process = read_settings(options, {})
-    settings = {'head_dim': 72, **(given or {})}
+    settings = {'head_dim': 72, **dit_weights.original_positions(tensors), **(given or {})}
     if not {'sample_size', 'position_scale'} <= settings.keys():
         raise unknown_settings(
             tensors.path, "no tensor tells 'sample_size' and 'position_scale' in \"network\" (128 "
@@ -189,18 +189,19 @@ def load_pixart(tensors: Tensors, options: Options) -> Denoiser:
         )  # fmt: skip
     network = dit_weights.pixart_from_original(tensors, **settings)
     params = dit_weights.pixart_params_from_original(tensors, network, **options.reading())
-    side = network.sample_size
+    side, decoder = network.sample_size, decoder_from_folder(options)
     network, params, num_prompts = text.with_prompts(
         network, params,
         lambda: text.encoders_from_folder(
-            options.components, tensors.path, options.dtype
+            options.components, tensors.path, options.dtype,
+            length=dit_weights.caption_length(tensors),
         ), options,
-        size=(side * _LATENT_FACTOR,) * 2,
+        size=(side * _pixels_of_a_latent(decoder),) * 2,
     )  # fmt: skip
     return _finish(
         network, params, options, {**_DDPM_PROCESS, **process}, side=side,
         learned_variance=network.network.out_channels == 2 * network.network.in_channels,
-        num_classes=num_prompts, decoder=decoder_from_folder(options),
+        num_classes=num_prompts, decoder=decoder,
     )  # fmt: skip
 
 
@@ -235,10 +236,9 @@ def load_compvis(tensors: Tensors, options: Options) -> Denoiser:
     schedule = process_lib.schedule_from_buffers(tensors)
     num_classes = None
     if is_text:
-        factor = 2 ** (len(decoder.network.channels) - 1) if decoder else _LATENT_FACTOR
         network, params, num_classes = text.with_prompts(
             network, params, lambda: text.encoders_from_compvis(tensors, options), options,
-            size=(side * factor,) * 2,
+            size=(side * _pixels_of_a_latent(decoder),) * 2,
         )  # fmt: skip
     elif network.context_dim is not None:
         network, params, num_classes = _with_class_table(tensors, network, params)
@@ -246,6 +246,10 @@ def load_compvis(tensors: Tensors, options: Options) -> Denoiser:
         network, params, options, process, side=side, num_classes=num_classes, decoder=decoder,
         schedule=schedule,
     )  # fmt: skip
+
+
+def _pixels_of_a_latent(decoder: Decoder | None) -> int:
+    return 2 ** (len(decoder.network.channels) - 1) if decoder else _LATENT_FACTOR
 
 
 def _with_class_table(

@@ -124,7 +124,11 @@ def _without_encoders(
 
 
 def encoders_from_folder(
-    folder: str | Path | None, checkpoint: Path, dtype: str = 'float32'
+    folder: str | Path | None,
+    checkpoint: Path,
+    dtype: str = 'float32',
+    *,
+    length: int | None = None,
 ) -> Encoders:
     """The encoders of a diffusers folder.
 
@@ -132,6 +136,7 @@ def encoders_from_folder(
       folder: with `text_encoder/`, `tokenizer/` and for SDXL `text_encoder_2/`, `tokenizer_2/`.
       checkpoint: what they belong to, for messages.
       dtype: of the parameters of T5, which is larger than what it is for.
+      length: tokens of a text for T5; None: told by the folder's pipeline.
 
     Raises:
       FileNotFoundError: no folder, encoder or tokenizer.
@@ -154,7 +159,7 @@ def encoders_from_folder(
     is_sigma = settings.get('_class_name') == 'PixArtSigmaPipeline'
     return Encoders(
         encoders,
-        length=_PIXART_SIGMA_LENGTH if is_sigma else _PIXART_LENGTH,
+        length=length or (_PIXART_SIGMA_LENGTH if is_sigma else _PIXART_LENGTH),
         zero_null=bool(settings.get('force_zeros_for_empty_prompt', False)),
     )
 

@@ -380,7 +380,32 @@ def pixart_params_from_original(
     )
 
 
+def original_positions(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What the positions in an original PixArt checkpoint tell of its network.
+
+    Returns:
+      'sample_size' and 'position_scale' of `pixart_from_original`; nothing where the checkpoint
+      has no positions, or those of no published scale.
+    """
+    if 'pos_embed' not in tensors:
+        return {}
+    patch_size = _shape(tensors, 'x_embedder.proj.weight', 4)[2]
+    _, count, width = _shape(tensors, 'pos_embed', 3)
+    side = round(count**0.5)
+    found = np.asarray(tensors['pos_embed'], np.float32)[0]
+    for scale in (0.5, 1.0, 2.0, 4.0):
+        wanted = position_features((side, side), width, base_size=side, scale=scale)
+        if wanted.shape == found.shape and np.abs(found - wanted).max() < _POSITION_TOLERANCE:
+            return {'sample_size': side * patch_size, 'position_scale': scale}
+    return {}
+
+
 _NULL_CAPTION = 'y_embedder.y_embedding'
+
+
+def caption_length(tensors: Mapping[str, np.ndarray]) -> int | None:
+    """Tokens of a caption of an original PixArt checkpoint; None where it has no null caption."""
+    return _shape(tensors, _NULL_CAPTION, 2)[0] if _NULL_CAPTION in tensors else None
 
 
 def null_caption(tensors: Mapping[str, np.ndarray]) -> np.ndarray:

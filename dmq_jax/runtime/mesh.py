@@ -162,6 +162,20 @@ def shard_weights(mesh: Mesh, tree: Any) -> Any:
     return place(tree, shardings(mesh, tree, WEIGHT_RULES))
 
 
+def weight_placer(mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array] | None:
+    """What places one weight after another as `shard_weights` would all of them, by its path.
+
+    None where weights are not spread: then they need not leave the default device.
+    """
+    if mesh.shape['fsdp'] * mesh.shape['tensor'] == 1:
+        return None
+
+    def placed(path: str, array: np.ndarray) -> jax.Array:
+        return jax.block_until_ready(shard_weights(mesh, {path: array})[path])
+
+    return placed
+
+
 def place(tree: Any, placement: Any) -> Any:
     """The arrays of `tree`, each with its sharding.
 

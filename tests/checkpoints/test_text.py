@@ -1,8 +1,10 @@
 """Text-conditional networks of every family, from folders and from single files."""
 
+import functools
+
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from dmq_jax.models import (
     autoencoder_weights,
@@ -10,10 +12,11 @@ from dmq_jax.models import (
     ldm_weights,
     text_weights,
 )
+from dmq_jax.models.dit import position_features
 from dmq_jax.models.torch_weights import write_tensors
 from dmq_jax.teachers import load_teacher
 from tests import tiny_checkpoints as tiny
-from tests.checkpoints.journey import last_latents
+from tests.checkpoints.journey import last_latents, travel
 from tests.files.test_tokenizer import ID, write_clip
 
 pytest.importorskip('tokenizers', reason='reads the vocabulary of CLIP')
@@ -39,6 +42,14 @@ SDXL = {
 }  # fmt: skip
 
 
+# `unet_config.params` of Stable Diffusion 1.
+COMPVIS = {
+    'image_size': 4, 'in_channels': 4, 'out_channels': 4, 'model_channels': 32,
+    'attention_resolutions': [1], 'num_res_blocks': 1, 'channel_mult': [1], 'num_heads': 2,
+    'use_spatial_transformer': True, 'context_dim': 16, 'legacy': False,
+}  # fmt: skip
+
+
 def write_text_encoder(folder, config, *, seed=0):
     if config is T5:
         network = text_weights.t5_from_transformers(config)
@@ -57,21 +68,27 @@ def write_tokenizer(folder):
     write_clip(folder)
 
 
-def test_a_folder_of_pixart_of_the_old_class_is_told_sizes_and_captions(tmp_path):
-    tiny.kl_folder(tmp_path)
+def pixart_folder(folder):
+    """PixArt-alpha, which is told the size of its images, as diffusers first saved it."""
+    tiny.kl_folder(folder)
     known = {**PIXART, '_class_name': 'PixArtTransformer2DModel'}
     for name in ('only_cross_attention', 'num_vector_embeds'):
         del known[name]
     network = dit_weights.pixart_from_diffusers(known)
     params = tiny.random_like(dit_weights._pixart_shapes(network))
-    tiny.write_json(tmp_path / 'transformer/config.json', PIXART)
+    tiny.write_json(folder / 'transformer/config.json', PIXART)
     save_file(
         dit_weights.diffusers_from_pixart_params(params),
-        tmp_path / 'transformer/diffusion_pytorch_model.safetensors',
+        folder / 'transformer/diffusion_pytorch_model.safetensors',
     )
-    write_text_encoder(tmp_path / 'text_encoder', T5)
-    write_tokenizer(tmp_path / 'tokenizer')
-    tiny.write_json(tmp_path / 'scheduler/scheduler_config.json', tiny.SCHEDULER)
+    write_text_encoder(folder / 'text_encoder', T5)
+    write_tokenizer(folder / 'tokenizer')
+    tiny.write_json(folder / 'scheduler/scheduler_config.json', tiny.SCHEDULER)
+    return params
+
+
+def test_a_folder_of_pixart_of_the_old_class_is_told_sizes_and_captions(tmp_path):
+    pixart_folder(tmp_path)
     teacher = load_teacher(tmp_path, prompts=PROMPTS)
     table = teacher.params['conditions']
     assert {name: rows.shape for name, rows in table.items()} == {
@@ -83,20 +100,26 @@ def test_a_folder_of_pixart_of_the_old_class_is_told_sizes_and_captions(tmp_path
     assert said.shape == (2, 4, 4, 8) and np.isfinite(said).all()
 
 
-def test_a_folder_of_sdxl_joins_two_encoders_and_may_have_a_null_of_zeros(tmp_path):
-    tiny.kl_folder(tmp_path)
+def sdxl_folder(folder):
+    """Stable Diffusion XL."""
+    tiny.kl_folder(folder)
     network = ldm_weights.network_from_diffusers(SDXL)
     tensors = write_tensors(
         tiny.random_like(ldm_weights.ldm_shapes(network)), ldm_weights.diffusers_source
     )
-    tiny.write_json(tmp_path / 'unet/config.json', {'_class_name': 'UNet2DConditionModel', **SDXL})
-    save_file(tensors, tmp_path / 'unet/diffusion_pytorch_model.safetensors')
+    tiny.write_json(folder / 'unet/config.json', {'_class_name': 'UNet2DConditionModel', **SDXL})
+    save_file(tensors, folder / 'unet/diffusion_pytorch_model.safetensors')
     for i, config in enumerate((tiny.CLIP, SECOND_CLIP)):
         ending = '_2' if i else ''
-        write_text_encoder(tmp_path / f'text_encoder{ending}', config, seed=i)
-        write_tokenizer(tmp_path / f'tokenizer{ending}')
-    tiny.write_json(tmp_path / 'scheduler/scheduler_config.json', tiny.SCHEDULER)
-    tiny.write_json(tmp_path / 'model_index.json', {'force_zeros_for_empty_prompt': True})
+        write_text_encoder(folder / f'text_encoder{ending}', config, seed=i)
+        write_tokenizer(folder / f'tokenizer{ending}')
+    tiny.write_json(folder / 'scheduler/scheduler_config.json', tiny.SCHEDULER)
+    tiny.write_json(folder / 'model_index.json', {'force_zeros_for_empty_prompt': True})
+    return folder
+
+
+def test_a_folder_of_sdxl_joins_two_encoders_and_may_have_a_null_of_zeros(tmp_path):
+    sdxl_folder(tmp_path)
     teacher = load_teacher(tmp_path, prompts=PROMPTS)
     table = teacher.params['conditions']
     assert {name: rows.shape for name, rows in table.items()} == {
@@ -109,17 +132,64 @@ def test_a_folder_of_sdxl_joins_two_encoders_and_may_have_a_null_of_zeros(tmp_pa
     assert negative.params['conditions']['context'][2].any()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('make', [sdxl_folder, pixart_folder])
+def test_a_folder_with_prompts_goes_all_the_way(tmp_path, make):
+    make(tmp_path)
+    images = travel(load_teacher(tmp_path, prompts=PROMPTS), tmp_path, guidance_scale=5.0)
+    assert (images[0][0] != images[0][1]).any()
+
+
+def original_pixart(params, *, scale, length):
+    """A state dict of PixArt's own code, its positions and null caption among it."""
+    positions = position_features((2, 2), 24, base_size=2, scale=scale)
+    return {
+        **write_tensors(params, dit_weights.original_pixart_source),
+        'pos_embed': np.asarray(positions)[None],
+        'y_embedder.y_embedding': np.ones((length, 8), np.float32),
+    }
+
+
+def test_a_file_of_pixart_is_the_folder_of_the_same_weights(tmp_path):
+    params = pixart_folder(tmp_path)
+    tensors = original_pixart(params, scale=1.0, length=120)
+    file = tiny.save_torch(tmp_path / 'PixArt.pth', {'state_dict': tensors, 'epoch': 3})
+    settings = tiny.settings_file(tmp_path, network={'head_dim': 12})
+    one = load_teacher(file, settings=settings, components=str(tmp_path), prompts=PROMPTS)
+    many = load_teacher(tmp_path, prompts=PROMPTS)
+    assert one.info == many.info and one.network == many.network
+    assert one.decoder.network == many.decoder.network
+    np.testing.assert_array_equal(tiny.leaves(one.params), tiny.leaves(many.params))
+
+
+@pytest.mark.parametrize('scale, length', [(0.5, 300), (2.0, 7)])
+def test_the_positions_and_the_null_caption_of_pixart_tell_its_sizes(tmp_path, scale, length):
+    tensors = original_pixart(pixart_folder(tmp_path), scale=scale, length=length)
+    file = tiny.save_torch(tmp_path / 'PixArt.pth', {'state_dict': tensors})
+    settings = tiny.settings_file(tmp_path, network={'head_dim': 12})
+    teacher = load_teacher(file, settings=settings, components=str(tmp_path), prompts=PROMPTS)
+    network = teacher.network.network
+    assert (network.sample_size, network.position_scale) == (4, scale)
+    assert teacher.params['conditions']['text'].shape == (3, length, 8)
+
+
+@pytest.mark.parametrize('change', ['no positions', 'positions of no published scale'])
+def test_a_file_of_pixart_that_does_not_tell_its_positions_has_to_be_told_them(tmp_path, change):
+    tensors = original_pixart(pixart_folder(tmp_path), scale=3.0, length=120)
+    if change == 'no positions':
+        del tensors['pos_embed']
+    file = tiny.save_torch(tmp_path / 'PixArt.pth', {'state_dict': tensors})
+    with pytest.raises(ValueError, match="'sample_size' and 'position_scale'.*teacher.settings"):
+        load_teacher(file, components=str(tmp_path), prompts=PROMPTS)
+
+
 @pytest.fixture
 def single_file(tmp_path):
     """Stable Diffusion 1 in CompVis' layout, beside the folder that is the same in diffusers'."""
     folder = tmp_path / 'sd'
     folder.mkdir()
     tiny.sd_folder(folder)
-    config = {
-        'image_size': 4, 'in_channels': 4, 'out_channels': 4, 'model_channels': 32,
-        'attention_resolutions': [1], 'num_res_blocks': 1, 'channel_mult': [1], 'num_heads': 2,
-        'use_spatial_transformer': True, 'context_dim': 16, 'legacy': False,
-    }  # fmt: skip
+    config = COMPVIS
     network = ldm_weights.network_from_compvis(config)
     assert network == ldm_weights.network_from_diffusers(tiny.UNET2D_CONDITION)
 
@@ -170,3 +240,113 @@ def test_a_single_file_without_a_tokenizer_says_where_to_put_one(single_file):
     file, _, settings = single_file
     with pytest.raises(FileNotFoundError, match='lacks the tokenizer.*teacher.components'):
         load_teacher(file, settings=settings, prompts=PROMPTS)
+
+
+def compvis_parts(config):
+    """The U-Net and the autoencoder of a single file."""
+    network = ldm_weights.network_from_compvis(config)
+    source = functools.partial(ldm_weights.compvis_source, network=network)
+    autoencoder = autoencoder_weights.kl_from_diffusers(tiny.KL)
+    shapes = autoencoder_weights.autoencoder_shapes(autoencoder)
+    parts = {
+        'model.diffusion_model.': write_tensors(
+            tiny.random_like(ldm_weights.ldm_shapes(network)), source
+        ),
+        'first_stage_model.': write_tensors(
+            tiny.random_like(shapes, seed=3),
+            autoencoder_weights.ldm_autoencoder_source(autoencoder),
+        ),
+    }
+    return {f'{prefix}{n}': array for prefix, part in parts.items() for n, array in part.items()}
+
+
+def open_clip(prefix, config, *, more_layers, seed):
+    """A text encoder in open_clip's layout, which has a projection, and maybe a block more."""
+    network = text_weights.clip_from_transformers(config)
+    network = network.clone(num_layers=network.num_layers + more_layers, projection=12)
+    params = tiny.random_like(text_weights.clip_shapes(network), seed)
+    tensors = write_tensors(params, text_weights.open_clip_source)
+    tensors |= {'logit_scale': np.float32(1), 'attn_mask': np.zeros((8, 8), np.float32)}
+    return params, {f'{prefix}{name}': array for name, array in tensors.items()}
+
+
+def assert_same_teacher(file, folder, settings):
+    one = load_teacher(file, settings=settings, components=str(folder), prompts=PROMPTS)
+    many = load_teacher(folder, prompts=PROMPTS)
+    assert one.info == many.info and one.network == many.network
+    assert one.decoder.network == many.decoder.network
+    np.testing.assert_array_equal(tiny.leaves(one.params), tiny.leaves(many.params))
+    np.testing.assert_array_equal(tiny.leaves(one.decoder.params), tiny.leaves(many.decoder.params))
+    assert np.isfinite(last_latents(one)).all()
+
+
+def process(**changes):
+    return {**tiny.SCHEDULER, 'scaling_factor': 0.18215, **changes}
+
+
+def test_a_single_file_of_stable_diffusion_2_is_the_folder_of_the_same_weights(tmp_path):
+    folder = tiny.sd_folder(tmp_path)
+    clip = {**tiny.CLIP, 'hidden_act': 'gelu', 'num_attention_heads': 1}
+    params, encoder = open_clip('cond_stage_model.model.', clip, more_layers=1, seed=4)
+    kept = {name: leaf for name, leaf in params.items() if name not in ('block_2', 'projection')}
+    tiny.write_json(folder / 'text_encoder/config.json', clip)
+    save_file(
+        text_weights.transformers_from_clip_params(kept), folder / 'text_encoder/model.safetensors'
+    )
+    unet = {**tiny.UNET2D_CONDITION, 'use_linear_projection': True}
+    tiny.write_json(folder / 'unet/config.json', {'_class_name': 'UNet2DConditionModel', **unet})
+    scheduler = {**tiny.SCHEDULER, 'prediction_type': 'v_prediction'}
+    tiny.write_json(folder / 'scheduler/scheduler_config.json', scheduler)
+    config = {**COMPVIS, 'num_head_channels': 16, 'use_linear_in_transformer': True}
+    del config['num_heads']
+    file = tmp_path / 'v2-1.safetensors'
+    save_file({**compvis_parts(config), **encoder}, file)
+    settings = tiny.settings_file(
+        tmp_path, network=config, process=process(prediction_type='v_prediction')
+    )
+    assert_same_teacher(file, folder, settings)
+
+
+def test_a_single_file_of_sdxl_is_the_folder_of_the_same_weights(tmp_path):
+    folder = sdxl_folder(tmp_path)
+    clips = [
+        {**tiny.CLIP, 'num_attention_heads': 1},
+        {**SECOND_CLIP, 'num_attention_heads': 1, 'hidden_act': 'gelu'},
+    ]
+    for ending, clip in zip(('', '_2'), clips, strict=True):
+        tiny.write_json(folder / f'text_encoder{ending}/config.json', clip)
+    params, second = open_clip('conditioner.embedders.1.model.', clips[1], more_layers=0, seed=1)
+    save_file(
+        text_weights.transformers_from_clip_params(params),
+        folder / 'text_encoder_2/model.safetensors',
+    )
+    first = load_file(folder / 'text_encoder/model.safetensors')
+    # As many sinusoids of each size as the original code has.
+    added = 12 + 6 * 256
+    unet = {
+        **SDXL, 'addition_time_embed_dim': 256, 'projection_class_embeddings_input_dim': added
+    }  # fmt: skip
+    tiny.write_json(folder / 'unet/config.json', {'_class_name': 'UNet2DConditionModel', **unet})
+    network = ldm_weights.network_from_diffusers(unet)
+    save_file(
+        write_tensors(
+            tiny.random_like(ldm_weights.ldm_shapes(network)), ldm_weights.diffusers_source
+        ),
+        folder / 'unet/diffusion_pytorch_model.safetensors',
+    )
+    config = {
+        **COMPVIS, 'context_dim': 32, 'num_classes': 'sequential', 'adm_in_channels': added,
+        'use_linear_in_transformer': True,
+    }  # fmt: skip
+    file = tmp_path / 'sd_xl_base.safetensors'
+    embedder = 'conditioner.embedders.0.transformer.'
+    save_file(
+        {
+            **compvis_parts(config), **second, 'denoiser.sigmas': np.zeros(1000, np.float32),
+            **{f'{embedder}{name}': array for name, array in first.items()},
+        },
+        file,
+    )  # fmt: skip
+    assert_same_teacher(
+        file, folder, tiny.settings_file(tmp_path, network=config, process=process())
+    )
