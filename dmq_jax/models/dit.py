@@ -179,9 +179,7 @@ class PixArt(nn.Module):
         embedding = Sinusoids(width, dtype=self.dtype, name='time_embed')(t)
         if self.size_conditions:
             # Three thirds of the width: height, width, ratio.
-            third = Sinusoids(width // 3, dtype=self.dtype, name='resolution_embed')(
-                resolution.reshape(-1)
-            )
+            third = Sinusoids(width // 3, dtype=self.dtype, name='resolution_embed')(resolution)
             ratio = Sinusoids(width // 3, dtype=self.dtype, name='ratio_embed')(
                 aspect_ratio.reshape(-1)
             )
@@ -275,9 +273,11 @@ class Sinusoids(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, value: Array) -> Float[Array, 'B E']:
+    def __call__(self, value: Array) -> Float[Array, '*B E']:
         """The embedding of every entry of `value`."""
-        features = timestep_features(value, _NUM_FEATURES, True, self.frequency_shift)
+        # Images stay the first axis, of which a quantized layer may have one scale each.
+        features = timestep_features(value.reshape(-1), _NUM_FEATURES, True, self.frequency_shift)
+        features = features.reshape(*value.shape, _NUM_FEATURES)
         h = nn.Dense(self.width, dtype=self.dtype, name='dense_0')(features.astype(self.dtype))
         return nn.Dense(self.width, dtype=self.dtype, name='dense_1')(nn.silu(h))
 
