@@ -53,11 +53,11 @@ COMPVIS = {
 def write_text_encoder(folder, config, *, seed=0):
     if config is T5:
         network = text_weights.t5_from_transformers(config)
-        params = tiny.random_like(text_weights.t5_shapes(network), seed)
+        params = tiny.random_like(text_weights.text_shapes(network), seed)
         tensors = text_weights.transformers_from_t5_params(params)
     else:
         network = text_weights.clip_from_transformers(config)
-        params = tiny.random_like(text_weights.clip_shapes(network), seed)
+        params = tiny.random_like(text_weights.text_shapes(network), seed)
         tensors = text_weights.transformers_from_clip_params(params)
     tiny.write_json(folder / 'config.json', config)
     save_file(tensors, folder / 'model.safetensors')
@@ -204,7 +204,7 @@ def single_file(tmp_path):
     )
     text = text_weights.clip_from_transformers({**tiny.CLIP, 'num_attention_heads': 1})
     encoder = text_weights.transformers_from_clip_params(
-        tiny.random_like(text_weights.clip_shapes(text), seed=4)
+        tiny.random_like(text_weights.text_shapes(text), seed=4)
     )
     tensors = {
         **{f'model.diffusion_model.{name}': array for name, array in unet.items()},
@@ -264,9 +264,9 @@ def open_clip(prefix, config, *, more_layers, seed):
     """A text encoder in open_clip's layout, which has a projection, and maybe a block more."""
     network = text_weights.clip_from_transformers(config)
     network = network.clone(num_layers=network.num_layers + more_layers, projection=12)
-    params = tiny.random_like(text_weights.clip_shapes(network), seed)
+    params = tiny.random_like(text_weights.text_shapes(network), seed)
     tensors = write_tensors(params, text_weights.open_clip_source)
-    tensors |= {'logit_scale': np.float32(1), 'attn_mask': np.zeros((8, 8), np.float32)}
+    tensors |= {'logit_scale': np.ones((), np.float32), 'attn_mask': np.zeros((8, 8), np.float32)}
     return params, {f'{prefix}{name}': array for name, array in tensors.items()}
 
 
