@@ -203,7 +203,7 @@ def sd_folder(folder):
     save_file(tensors, folder / 'unet/diffusion_pytorch_model.safetensors')
     text = text_weights.clip_from_transformers(CLIP)
     write_json(folder / 'text_encoder/config.json', CLIP)
-    encoder = random_like(text_weights.clip_shapes(text), seed=4)
+    encoder = random_like(text_weights.text_shapes(text), seed=4)
     save_file(
         text_weights.transformers_from_clip_params(encoder),
         folder / 'text_encoder/model.safetensors',

@@ -221,7 +221,7 @@ def clip_params_from_transformers(
         short = short.removeprefix('text_model.')
         if short != 'embeddings.position_ids':
             names[short] = name
-    return read_params(tensors, clip_shapes(network), _short_clip_source, names=names, **options)
+    return read_params(tensors, text_shapes(network), _short_clip_source, names=names, **options)
 
 
 def clip_params_from_open_clip(
@@ -249,7 +249,7 @@ def clip_params_from_open_clip(
         for short, name in _short_names(tensors, prefix).items()
         if not short.startswith(unused)
     }
-    return read_params(tensors, clip_shapes(network), open_clip_source, names=names, **options)
+    return read_params(tensors, text_shapes(network), open_clip_source, names=names, **options)
 
 
 def t5_params_from_transformers(
@@ -273,7 +273,7 @@ def t5_params_from_transformers(
     }
     if copy in tensors:
         names.setdefault('shared.weight', copy)
-    return read_params(tensors, t5_shapes(network), t5_source, names=names, **options)
+    return read_params(tensors, text_shapes(network), t5_source, names=names, **options)
 
 
 def transformers_from_clip_params(params: PyTree) -> dict[str, np.ndarray]:
@@ -312,12 +312,7 @@ def t5_source(path: str) -> Source:
     return Source(rename(path, _T5))
 
 
-def clip_shapes(network: CLIPText) -> PyTree:
-    """Shapes of the parameters, nothing computed."""
-    return parameter_shapes(network, jax.ShapeDtypeStruct((1, 1), jnp.int32))
-
-
-def t5_shapes(network: T5Encoder) -> PyTree:
+def text_shapes(network: CLIPText | T5Encoder) -> PyTree:
     """Shapes of the parameters, nothing computed."""
     return parameter_shapes(network, jax.ShapeDtypeStruct((1, 1), jnp.int32))
 

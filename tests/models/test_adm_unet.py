@@ -8,6 +8,7 @@ import pytest
 
 from dmq_jax.models.adm_unet import ADMUNet
 from dmq_jax.models.adm_weights import adm_shapes, params_from_adm
+from tests.models.comparison import random_like, relative_error
 
 # Norm of the difference over the norm of the output, both in float32 and each summing in its own
 # order (seen: 1.1e-6 at most).
@@ -29,12 +30,6 @@ def oracle():
 def jit(function):
     """Compiled in a hurry: these functions run once."""
     return jax.jit(function, compiler_options={'xla_backend_optimization_level': 0})
-
-
-def relative_error(out, reference):
-    assert out.shape == reference.shape
-    reference = np.asarray(reference, np.float64)
-    return np.linalg.norm(np.asarray(out, np.float64) - reference) / np.linalg.norm(reference)
 
 
 def original(oracle, network, new_order):
@@ -102,10 +97,7 @@ def test_the_network_equals_the_original(oracle, changes, new_order):
 
 
 def random_params(network):
-    rng = np.random.default_rng(2)
-    return jax.tree.map(
-        lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), adm_shapes(network)
-    )
+    return random_like(adm_shapes(network), scale=0.1, seed=2)
 
 
 def test_bfloat16_computes_what_float32_does_and_keeps_float32_parameters():

@@ -13,6 +13,7 @@ from dmq_jax.models.adm_weights import (
     params_from_adm,
 )
 from dmq_jax.models.torch_weights import expected_tensors, write_tensors
+from tests.models.comparison import random_like
 from tests.models.listings import listing, without_ones
 
 TINY = ADMUNet(
@@ -27,10 +28,7 @@ def source(network, new_attention_order=False):
 
 @functools.cache
 def random_params(network=TINY):
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), adm_shapes(network)
-    )
+    return random_like(adm_shapes(network))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import pytest
 from dmq_jax.models import autoencoder as module
 from dmq_jax.models import autoencoder_weights as weights
 from dmq_jax.models.autoencoder import AutoencoderKL, VQAutoencoder, tiled_decode
+from tests.models.comparison import random_like, relative_error
 
 # Norm of the difference over the norm of the output; both sides float32, sums in another order.
 TOLERANCE = 1e-5
@@ -19,12 +20,6 @@ def oracle():
     from tests.oracles import autoencoders
 
     return autoencoders
-
-
-def relative_error(out, reference):
-    assert out.shape == reference.shape
-    reference = np.asarray(reference, np.float64)
-    return np.linalg.norm(np.asarray(out, np.float64) - reference) / np.linalg.norm(reference)
 
 
 def assert_close(out, reference, tolerance=TOLERANCE):
@@ -114,11 +109,7 @@ SMALL_VQ = VQAutoencoder(
 
 
 def random_params(network):
-    rng = np.random.default_rng(2)
-    return jax.tree.map(
-        lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(leaf.dtype),
-        weights.autoencoder_shapes(network),
-    )
+    return random_like(weights.autoencoder_shapes(network), scale=0.1, seed=2)
 
 
 def test_the_nearest_row_of_the_codebook_is_that_of_a_search():

@@ -1,8 +1,3 @@
-import gzip
-import json
-from pathlib import Path
-
-import jax
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -10,18 +5,12 @@ from flax import traverse_util
 from dmq_jax.models import autoencoder_weights as weights
 from dmq_jax.models.autoencoder import AutoencoderKL, VQAutoencoder
 from dmq_jax.models.torch_weights import expected_tensors
-from tests.models.listings import listing, without_ones
-
-# diffusers' name -> latent-diffusion's, of every tensor of VQ-f4.
-MAP = Path(__file__).parent / 'fixtures/map_ldm_vqf4_to_diffusers.json.gz'
+from tests.models.comparison import random_like
+from tests.models.listings import listing, name_map, without_ones
 
 
 def random_params(network):
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32),
-        weights.autoencoder_shapes(network),
-    )
+    return random_like(weights.autoencoder_shapes(network))
 
 
 def assert_same_tree(a, b):
@@ -167,7 +156,7 @@ SMALL_KL = AutoencoderKL(channels=(4, 8), layers_per_block=1, num_groups=2)
 
 def ldm_tensors(params, prefix='first_stage_model.'):
     """The checkpoint that an independent map of names makes of diffusers' names."""
-    names = json.loads(gzip.decompress(MAP.read_bytes()))
+    names = name_map('map_ldm_vqf4_to_diffusers')
     tensors = weights.diffusers_from_autoencoder_params(params)
     assert names.keys() == tensors.keys()
     renamed = {}

@@ -7,6 +7,7 @@ import pytest
 from dmq_jax.models import text_weights as weights
 from dmq_jax.models.clip_text import CLIPText
 from dmq_jax.models.torch_weights import expected_tensors
+from tests.models.comparison import random_like, relative_error
 
 # Norm of the difference over the norm of the output; float32 on our side, sums in another order.
 TOLERANCE = 1e-5
@@ -18,12 +19,6 @@ def oracle():
     from tests.oracles import text_encoders
 
     return text_encoders
-
-
-def relative_error(out, reference):
-    assert out.shape == reference.shape
-    reference = np.asarray(reference, np.float64)
-    return np.linalg.norm(np.asarray(out, np.float64) - reference) / np.linalg.norm(reference)
 
 
 def assert_close(out, reference, tolerance=TOLERANCE):
@@ -44,17 +39,13 @@ TOKENS = np.array([[28, 3, 4, 29, 29, 29, 29], [28, 7, 1, 2, 5, 29, 0]], np.int3
 
 
 def random_params(network):
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32),
-        weights.clip_shapes(network),
-    )
+    return random_like(weights.text_shapes(network), scale=0.3)
 
 
 @pytest.mark.parametrize('activation', ['quick_gelu', 'gelu'])
 def test_all_outputs_equal_torch(oracle, activation):
     network = SMALL.clone(activation=activation)
-    shapes = expected_tensors(weights.clip_shapes(network), weights.clip_source)
+    shapes = expected_tensors(weights.text_shapes(network), weights.clip_source)
     tensors = oracle.random_tensors(shapes)
     params = weights.clip_params_from_transformers(tensors, network)
     out = jit(network.apply)({'params': params}, TOKENS)
@@ -66,7 +57,7 @@ def test_all_outputs_equal_torch(oracle, activation):
 
 
 def open_clip_tensors(oracle, network=SMALL):
-    shapes = expected_tensors(weights.clip_shapes(network), weights.open_clip_source)
+    shapes = expected_tensors(weights.text_shapes(network), weights.open_clip_source)
     return oracle.random_tensors(shapes)
 
 
@@ -136,7 +127,7 @@ def test_the_end_of_a_text_is_its_first_end_token_or_else_the_highest():
 
 def test_bfloat16_computes_what_float32_does_and_keeps_float32_parameters():
     params, half = random_params(SMALL), SMALL.clone(dtype=jnp.bfloat16)
-    shapes = weights.clip_shapes(half)
+    shapes = weights.text_shapes(half)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
     out = jit(half.apply)({'params': params}, TOKENS)
     assert {x.dtype for x in out} == {jnp.dtype(jnp.bfloat16)}
@@ -153,7 +144,7 @@ def test_every_layer_has_a_path_of_its_own():
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        weights.clip_shapes(SMALL)
+        weights.text_shapes(SMALL)
     assert len(paths) == len(set(paths)) == 3 * 6 + 1
     assert {'block_0/q', 'block_2/dense_1', 'projection'} <= set(paths)
 

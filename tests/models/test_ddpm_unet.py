@@ -7,6 +7,7 @@ import pytest
 from dmq_jax.models import ddpm_unet
 from dmq_jax.models.ddpm_unet import DDPMUNet, depth_to_space, space_to_depth
 from dmq_jax.models.ddpm_weights import network_from_diffusers, params_from_diffusers
+from tests.models.comparison import relative_error
 
 # Norm of the difference over the norm of the output. Both sides round in float32 and sum in their
 # own order: torch itself is 1.8e-6 from its float64 result at full width. Seen here: 2.4e-6 at full
@@ -22,12 +23,6 @@ def oracle():
     from tests.oracles import diffusers_unet
 
     return diffusers_unet
-
-
-def relative_error(out, reference):
-    assert out.shape == reference.shape
-    reference = np.asarray(reference, np.float64)
-    return np.linalg.norm(np.asarray(out, np.float64) - reference) / np.linalg.norm(reference)
 
 
 def jit(function):

@@ -1,9 +1,12 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
 
+from dmq_jax.models import ddpm_weights
 from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.models.ddpm_weights import (
     diffusers_from_network,
@@ -12,6 +15,8 @@ from dmq_jax.models.ddpm_weights import (
     params_from_ddim,
     params_from_diffusers,
 )
+from dmq_jax.models.torch_weights import expected_tensors
+from tests.models.listings import listing, name_map, without_ones
 
 NETWORK = DDPMUNet(
     channels=(8, 16), out_channels=3, layers_per_block=1, num_groups=4,
@@ -184,6 +189,21 @@ def test_ddim_names_of_the_cifar10_network_are_the_published_ones():
     }
     assert {name: tensors[name].shape for name in published} == published
     assert len(jax.tree.leaves(params_from_ddim(tensors, network))) == 328
+
+
+def test_both_layouts_of_the_cifar10_network_are_the_published_ones_name_for_name():
+    shapes = ddpm_weights._shapes(DDPMUNet())
+    ddim_source = functools.partial(ddpm_weights.ddim_source, last=3)
+    for name, source in (
+        ('ermongroup_ddim_cifar10', ddim_source),
+        ('diffusers_UNet2DModel_ddpm-cifar10-32', ddpm_weights.diffusers_source),
+    ):
+        expected = expected_tensors(shapes, source)
+        assert without_ones(expected) == without_ones(listing(name))
+    published = name_map('map_ddim_to_diffusers_cifar10')
+    paths = traverse_util.flatten_dict(shapes, sep='/')
+    ours = {ddpm_weights.diffusers_source(p).name: ddim_source(p).name for p in paths}
+    assert ours == published
 
 
 def test_ddim_has_no_classes():

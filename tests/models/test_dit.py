@@ -7,6 +7,7 @@ import pytest
 from dmq_jax.models import dit_weights
 from dmq_jax.models.dit import DiT, PixArt, position_features
 from dmq_jax.models.torch_weights import expected_tensors, parameter_shapes
+from tests.models.comparison import random_like, relative_error
 
 # Norm of the difference over the norm of the output; float32 on our side, sums in another order.
 TOLERANCE = 1e-5
@@ -19,12 +20,6 @@ def oracle():
     from tests.oracles import diffusion_transformers
 
     return diffusion_transformers
-
-
-def relative_error(out, reference):
-    assert out.shape == reference.shape
-    reference = np.asarray(reference, np.float64)
-    return np.linalg.norm(np.asarray(out, np.float64) - reference) / np.linalg.norm(reference)
 
 
 def assert_close(out, reference, tolerance=TOLERANCE):
@@ -145,10 +140,7 @@ def test_the_original_pixart_is_read_and_computed(oracle, with_sizes):
 
 
 def random_params(network, seed=2):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), shapes_of(network)
-    )
+    return random_like(shapes_of(network), scale=0.1, seed=seed)
 
 
 def test_padding_of_a_caption_changes_nothing():

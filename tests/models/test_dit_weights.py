@@ -7,6 +7,7 @@ from flax import traverse_util
 from dmq_jax.models import dit_weights
 from dmq_jax.models.dit import DiT, PixArt
 from dmq_jax.models.torch_weights import expected_tensors, parameter_shapes, write_tensors
+from tests.models.comparison import random_like
 from tests.models.listings import listing
 
 
@@ -25,10 +26,7 @@ def shapes_of(network):
 
 
 def random_params(network):
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), shapes_of(network)
-    )
+    return random_like(shapes_of(network))
 
 
 def assert_same_tree(a, b):

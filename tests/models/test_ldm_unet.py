@@ -13,6 +13,7 @@ from dmq_jax.models.ldm_weights import (
     params_from_compvis,
     params_from_diffusers,
 )
+from tests.models.comparison import random_like, relative_error
 
 # Norm of the difference over the norm of the output, both in float32 and each summing in its own
 # order (seen: 8e-7 at most).
@@ -34,12 +35,6 @@ def oracle():
 def jit(function):
     """Compiled in a hurry: these functions run once."""
     return jax.jit(function, compiler_options={'xla_backend_optimization_level': 0})
-
-
-def relative_error(out, reference):
-    assert out.shape == reference.shape
-    reference = np.asarray(reference, np.float64)
-    return np.linalg.norm(np.asarray(out, np.float64) - reference) / np.linalg.norm(reference)
 
 
 def random_inputs(network, shape=(8, 12)):
@@ -171,10 +166,7 @@ SDXL_LIKE = TINY.clone(added_dim=53, size_features=8)
 
 
 def random_params(shapes):
-    rng = np.random.default_rng(2)
-    return jax.tree.map(
-        lambda leaf: (0.1 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), shapes
-    )
+    return random_like(shapes, scale=0.1, seed=2)
 
 
 def test_bfloat16_computes_what_float32_does_and_keeps_float32_parameters():

@@ -3,6 +3,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from dmq_jax.models.ldm_unet import LDMUNet
 from dmq_jax.models.ldm_weights import (
@@ -17,7 +18,8 @@ from dmq_jax.models.ldm_weights import (
     params_from_diffusers,
 )
 from dmq_jax.models.torch_weights import expected_tensors, write_tensors
-from tests.models.listings import listing, without_ones
+from tests.models.comparison import random_like
+from tests.models.listings import listing, name_map, without_ones
 
 PREFIX = 'model.diffusion_model.'
 TINY = LDMUNet(
@@ -71,12 +73,19 @@ def test_compvis_and_diffusers_describe_the_same_network(name, config):
     assert network_from_compvis(PUBLISHED[name]) == network_from_diffusers(config)
 
 
+def test_both_layouts_of_class_conditional_ldm_are_the_published_ones_name_for_name():
+    network = network_from_compvis(PUBLISHED['cin256-v2'])
+    paths = traverse_util.flatten_dict(ldm_shapes(network), sep='/')
+    ours = {
+        diffusers_source(path).name: PREFIX + compvis_source(path, network=network).name
+        for path in paths
+    }
+    assert ours == name_map('map_ldm_cin256v2_unet_to_diffusers')
+
+
 @functools.cache
 def random_params(network=TINY):
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: rng.standard_normal(leaf.shape).astype(np.float32), ldm_shapes(network)
-    )
+    return random_like(ldm_shapes(network))
 
 
 def compvis_tensors(params, network=TINY, prefix=PREFIX):

@@ -7,6 +7,7 @@ import pytest
 from dmq_jax.models import text_weights as weights
 from dmq_jax.models.t5_text import T5Encoder, distance_buckets
 from dmq_jax.models.torch_weights import expected_tensors
+from tests.models.comparison import random_like, relative_error
 
 # Norm of the difference over the norm of the output; float32 on our side, sums in another order.
 TOLERANCE = 1e-5
@@ -18,12 +19,6 @@ def oracle():
     from tests.oracles import text_encoders
 
     return text_encoders
-
-
-def relative_error(out, reference):
-    assert out.shape == reference.shape
-    reference = np.asarray(reference, np.float64)
-    return np.linalg.norm(np.asarray(out, np.float64) - reference) / np.linalg.norm(reference)
 
 
 def assert_close(out, reference, tolerance=TOLERANCE):
@@ -46,15 +41,11 @@ MASK = (np.arange(14)[None] < np.array([[14], [5]])).astype(np.int32)
 
 
 def random_params(network=SMALL):
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32),
-        weights.t5_shapes(network),
-    )
+    return random_like(weights.text_shapes(network), scale=0.3)
 
 
 def test_the_encoder_equals_torch(oracle):
-    shapes = expected_tensors(weights.t5_shapes(SMALL), weights.t5_source)
+    shapes = expected_tensors(weights.text_shapes(SMALL), weights.t5_source)
     tensors = oracle.random_tensors(shapes)
     params = weights.t5_params_from_transformers(tensors, SMALL)
     out = jit(SMALL.apply)({'params': params}, TOKENS, MASK)
@@ -107,7 +98,7 @@ def test_padding_changes_nothing():
 
 def test_bfloat16_computes_what_float32_does_and_keeps_float32_parameters():
     params, half = random_params(), SMALL.clone(dtype=jnp.bfloat16)
-    shapes = weights.t5_shapes(half)
+    shapes = weights.text_shapes(half)
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.float32)}
     out = jit(half.apply)({'params': params}, TOKENS, MASK)
     assert out.dtype == jnp.bfloat16
@@ -124,6 +115,6 @@ def test_every_layer_has_a_path_of_its_own():
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        weights.t5_shapes(SMALL)
+        weights.text_shapes(SMALL)
     assert len(paths) == len(set(paths)) == 2 * 7
     assert {'block_0/q', 'block_1/gate', 'block_1/dense_1'} <= set(paths)

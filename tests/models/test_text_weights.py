@@ -104,7 +104,7 @@ def size(shapes):
 def test_the_published_text_encoders_have_their_size(config, changes, num_tensors, num_params):
     network = weights.clip_from_transformers(config)
     assert network == CLIPText(activation=config['hidden_act'], **changes)
-    shapes = weights.clip_shapes(network)
+    shapes = weights.text_shapes(network)
     expected = expected_tensors(shapes, weights.clip_source)
     assert (len(expected), size(shapes)) == (num_tensors, num_params)
     width, layer = network.width, f'text_model.encoder.layers.{network.num_layers - 1}.'
@@ -124,7 +124,7 @@ def test_the_published_text_encoders_have_their_size(config, changes, num_tensor
 
 def test_the_published_open_clip_has_its_names():
     network = weights.clip_from_transformers(SDXL)
-    expected = expected_tensors(weights.clip_shapes(network), weights.open_clip_source)
+    expected = expected_tensors(weights.text_shapes(network), weights.open_clip_source)
     published = {
         'positional_embedding': (77, 1280),
         'text_projection': (1280, 1280),
@@ -150,7 +150,7 @@ def test_the_published_open_clip_has_its_names():
 def test_the_published_t5_has_its_size():
     network = weights.t5_from_transformers(T5_XXL)
     assert network == T5Encoder()
-    shapes = weights.t5_shapes(network)
+    shapes = weights.text_shapes(network)
     expected = expected_tensors(shapes, weights.t5_source)
     assert (len(expected), size(shapes)) == (219, 4_762_310_656)
     published = {
@@ -186,7 +186,7 @@ def assert_same_tree(a, b):
 @pytest.mark.parametrize('prefix', ['', 'cond_stage_model.transformer.'])
 @pytest.mark.parametrize('short', [False, True])
 def test_transformers_and_back_changes_nothing_whatever_the_prefix(prefix, short):
-    params = random(weights.clip_shapes(SMALL))
+    params = random(weights.text_shapes(SMALL))
     tensors = weights.transformers_from_clip_params(params)
     tensors['text_model.embeddings.position_ids'] = np.arange(9)[None]
     if short:
@@ -199,7 +199,7 @@ def test_transformers_and_back_changes_nothing_whatever_the_prefix(prefix, short
 
 
 def test_open_clip_stores_the_projection_as_it_is_multiplied():
-    params = random(weights.clip_shapes(SMALL))
+    params = random(weights.text_shapes(SMALL))
     tensors = write_tensors(params, weights.open_clip_source)
     np.testing.assert_array_equal(tensors['text_projection'], params['projection']['kernel'])
     fused = tensors['transformer.resblocks.1.attn.in_proj_weight']
@@ -214,7 +214,7 @@ def test_open_clip_stores_the_projection_as_it_is_multiplied():
 
 
 def test_stable_diffusion_2_leaves_the_last_block_and_nothing_else():
-    params = random(weights.clip_shapes(SMALL))
+    params = random(weights.text_shapes(SMALL))
     tensors = write_tensors(params, weights.open_clip_source)
     network = SMALL.clone(num_layers=1, projection=None)
     read = weights.clip_params_from_open_clip(tensors, network)
@@ -226,7 +226,7 @@ def test_stable_diffusion_2_leaves_the_last_block_and_nothing_else():
 
 
 def test_the_decoder_and_the_second_name_of_the_table_are_passed_over():
-    params = random(weights.t5_shapes(SMALL_T5))
+    params = random(weights.text_shapes(SMALL_T5))
     tensors = weights.transformers_from_t5_params(params)
     more = {
         **tensors,
@@ -261,7 +261,7 @@ NAME = 'text_model.encoder.layers.1.mlp.fc1.weight'
     ],
 )
 def test_a_checkpoint_of_another_network_is_refused_by_name(change, text):
-    tensors = weights.transformers_from_clip_params(random(weights.clip_shapes(SMALL)))
+    tensors = weights.transformers_from_clip_params(random(weights.text_shapes(SMALL)))
     change(tensors)
     with pytest.raises(ValueError, match=text):
         weights.clip_params_from_transformers(tensors, SMALL)
