@@ -6,7 +6,8 @@
 PATH: `64x64_diffusion.pt` of guided diffusion.
 
 Protocol: the learnt variance, 250 steps spaced as ADM does, predicted images clipped, no guidance;
-50,000 images. EfficientDM has no run of this network; numbers in float: not stated.
+50,000 images. Float, reported: FID 2.07, sFID 4.29, precision 0.74, recall 0.63 (arXiv:2105.05233,
+table 5, with dropout, as the published network has). EfficientDM has no run of this network.
 """
 
 from dmq_jax.config import at_widths, base
