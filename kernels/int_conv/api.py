@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int8, Int32, UInt8
 
-from kernels import packing, triton_shim
+from kernels import choices, packing, triton_shim
 from kernels.epilogue import Epilogue, apply, check
 from kernels.int_conv import reference, xla
 from kernels.int_matmul.api import (
@@ -46,6 +46,9 @@ def choose(
     w_shape: tuple[int, int, int, int],
     implementation: str | None = None,
     problem: Problem | None = None,
+    *,
+    strides: tuple[int, int] = (1, 1),
+    w_max: int = 128,
 ) -> Choice:
     """The back end that `int_conv` runs for weights [O, kh, kw, C] here, and why.
 
@@ -55,11 +58,14 @@ def choose(
       w_shape: of unpacked weights.
       implementation: as for `int_conv`.
       problem: sizes; None decides by platform alone.
+      strides: along H and W.
+      w_max: as for `int_conv`.
     """
     choice = choose_backend(BACKENDS, implementation, problem)
     if choice.implementation != 'xla':
         return choice
-    algorithm, reason = xla.choose_algorithm(w_shape)
+    bounds = {} if problem is None else {'x_max': problem.x_max, 'num_pixels': problem.M}
+    algorithm, reason = xla.choose_algorithm(w_shape, strides=strides, w_max=w_max, **bounds)
     return Choice('xla', f'{choice.reason}; {algorithm}: {reason}')
 
 
@@ -139,7 +145,8 @@ def int_conv(
     w_shape = (num_outputs, *kernel_size, C)
     _check_geometry(x.shape, w_shape, strides, padding)
     K = math.prod(w_shape[1:])
-    check_accumulator(K, x_max, code_max if w_max is None else w_max)
+    w_max = code_max if w_max is None else w_max
+    check_accumulator(K, x_max, w_max)
     height, width = (
         (x.shape[1 + axis] + sum(padding[axis]) - kernel_size[axis]) // strides[axis] + 1
         for axis in (0, 1)
@@ -158,7 +165,9 @@ def int_conv(
         mode, 1, x.shape[0] * height * width, num_outputs, K, w.shape[-1], x_max,
         epilogue is not None, x.size,
     )  # fmt: skip
-    name = choose_backend(BACKENDS, implementation, problem).implementation
+    choice = choose(w_shape, implementation, problem, strides=strides, w_max=w_max)
+    name = choice.implementation
+    choices.note(choices.Call('int_conv', *choice, problem))
     packed_w = w
     if bits is not None:
         # Where the kernel takes them packed, XLA drops this unless the sums below need it.
@@ -181,8 +190,10 @@ def int_conv(
             out_dtype=out_dtype,
             **geometry,
         )
-    run = xla.int_conv if name == 'xla' else reference.int_conv
-    total = run(x, w, **geometry)
+    if name == 'xla':
+        total = xla.int_conv(x, w, **geometry, x_max=x_max, w_max=w_max)
+    else:
+        total = reference.int_conv(x, w, **geometry)
     if epilogue is None:
         return total
     w_sum = jnp.sum(tap_sum, axis=-1) if has_zero else None

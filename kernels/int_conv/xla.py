@@ -1,10 +1,11 @@
-"""Integer convolution by XLA: three exact algorithms, chosen by platform, version and shape.
+"""Integer convolution by XLA: four exact algorithms, chosen by platform, version and shape.
 
 * `direct`: one `conv_general_dilated` with an int32 accumulator. XLA for GPU does not compile it
   (jax issue 7637), and before jax 0.11 the CPU code is slower than a dot.
 * `im2col`: the taps side by side along K, then one int8 dot. The copy is int8, kh * kw times x.
 * `outputs_first`: one dot gives every tap's output at every pixel, then shifted sums. Only for
   very few outputs, such as the last layer of a U-Net (O = 3).
+* `winograd`: 3x3 at stride 1 for codes of up to 4 bits; see winograd.py.
 """
 
 import jax
@@ -12,19 +13,40 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int8, Int32
 
+from kernels import cpu
+from kernels.int_conv import winograd
 from kernels.int_conv.reference import pad_with_codes
 from kernels.int_matmul import xla as dot
 
 refusal = dot.refusal
 
-# Measured by `python -m kernels.int_conv.bench` (README.md): with fewer channels direct
-# convolution is no faster than im2col on CPU, with more it is on a par or slower.
+# Each number was measured by `python -m kernels.int_conv.bench` (README.md, "Speed on CPU").
+# Channels for which direct convolution is faster than im2col from jax 0.11 on.
 DIRECT_CHANNELS_CPU = range(16, 193)
 _DIRECT_IS_FAST_ON_CPU = jax.__version_info__ >= (0, 11)
+# Bytes of the columns beyond which copying them costs more than im2col gains, on any jax.
+LARGEST_COLUMNS = 10_000_000
+# With fewer channels or outputs the transforms may cost more than the products they save.
+WINOGRAD_CHANNELS, WINOGRAD_OUTPUTS = 32, 32
 
 
-def choose_algorithm(w_shape: tuple[int, int, int, int]) -> tuple[str, str]:
-    """Name of the algorithm for weights [O, kh, kw, C] on this platform, and the reason."""
+def choose_algorithm(
+    w_shape: tuple[int, int, int, int],
+    *,
+    strides: tuple[int, int] = (1, 1),
+    x_max: int = 128,
+    w_max: int = 128,
+    num_pixels: int = 0,
+) -> tuple[str, str]:
+    """Name of the algorithm for weights [O, kh, kw, C] on this platform, and the reason.
+
+    Args:
+      w_shape: of the weights.
+      strides: along H and W.
+      x_max: largest |code| in x and its padding.
+      w_max: the same for w.
+      num_pixels: of the output, B Ho Wo; 0 if unknown.
+    """
     num_outputs, kh, kw, channels = w_shape
     platform = jax.default_backend()
     if kh * kw == 1:
@@ -35,6 +57,28 @@ def choose_algorithm(w_shape: tuple[int, int, int, int]) -> tuple[str, str]:
         return 'outputs_first', f'O={num_outputs}: every tap of the output is smaller than x'
     if platform == 'gpu':
         return 'im2col', 'XLA for GPU does not compile int8 convolutions to int32'
+    no_winograd = winograd_refusal(w_shape, strides, x_max, w_max)
+    if no_winograd is None:
+        return 'winograd', f'codes up to {x_max} and {w_max}: 2.25 times fewer products'
+    algorithm, reason = _choose_for_cpu(channels, num_pixels * kh * kw * channels)
+    return algorithm, f'{reason}; no winograd: {no_winograd}'
+
+
+def winograd_refusal(
+    w_shape: tuple[int, int, int, int], strides: tuple[int, int], x_max: int, w_max: int
+) -> str | None:
+    """Why Winograd's algorithm is not taken on this CPU, None if it is."""
+    if cpu.has_int8_dot():
+        return 'with int8 dot instructions the products are no longer what takes the time'
+    if w_shape[-1] < WINOGRAD_CHANNELS or w_shape[0] < WINOGRAD_OUTPUTS:
+        return f'C={w_shape[-1]}, O={w_shape[0]}: too few products to pay for the transforms'
+    return winograd.refusal(w_shape, strides, x_max, w_max)
+
+
+def _choose_for_cpu(channels: int, num_columns: int) -> tuple[str, str]:
+    """Direct convolution or im2col; the latter copies `num_columns` codes."""
+    if num_columns > LARGEST_COLUMNS:
+        return 'direct', f'im2col would copy {num_columns / 1e6:.0f} MB'
     if not _DIRECT_IS_FAST_ON_CPU:
         return 'im2col', f'jax {jax.__version__} < 0.11: the int8 dot is faster on CPU'
     if channels in DIRECT_CHANNELS_CPU:
@@ -101,7 +145,12 @@ def outputs_first(
     )
 
 
-ALGORITHMS = {'direct': direct, 'im2col': im2col, 'outputs_first': outputs_first}
+ALGORITHMS = {
+    'direct': direct,
+    'im2col': im2col,
+    'outputs_first': outputs_first,
+    'winograd': winograd.int_conv,
+}
 
 
 def int_conv(
@@ -111,9 +160,18 @@ def int_conv(
     strides: tuple[int, int],
     padding: tuple[tuple[int, int], tuple[int, int]],
     pad_value: int | Int32[Array, ''] | Int32[Array, 'B'],
+    x_max: int = 128,
+    w_max: int = 128,
 ) -> Int32[Array, 'B Ho Wo O']:
     """The convolution of `reference.int_conv`, by the algorithm of `choose_algorithm`."""
-    name, _ = choose_algorithm(w.shape)
+    height, width = (
+        (x.shape[1 + axis] + sum(padding[axis]) - w.shape[1 + axis]) // strides[axis] + 1
+        for axis in (0, 1)
+    )
+    name, _ = choose_algorithm(
+        w.shape, strides=strides, x_max=x_max, w_max=w_max,
+        num_pixels=x.shape[0] * height * width,
+    )  # fmt: skip
     return ALGORITHMS[name](x, w, strides=strides, padding=padding, pad_value=pad_value)
 
 

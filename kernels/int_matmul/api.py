@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int8, Int32, UInt8
 
-from kernels import packing, triton_shim
+from kernels import choices, packing, triton_shim
 from kernels.epilogue import Epilogue, apply, check
 from kernels.int_matmul import reference, xla
 
@@ -286,7 +286,9 @@ def int_matmul(
     batch = 1 if is_shared else math.prod(x.shape[:-2])
     M = math.prod(x.shape[:-1]) // max(batch, 1)
     problem = Problem(mode, batch, M, N, K, w.shape[-1], x_max, epilogue is not None)
-    name = choose(implementation, problem).implementation
+    choice = choose(implementation, problem)
+    name = choice.implementation
+    choices.note(choices.Call('int_matmul', *choice, problem))
     packs = name == 'triton'
     if bits is not None and not (packs and mode != 'W8A8'):
         w = packing.unpack(w, bits, signed=signed, length=K)

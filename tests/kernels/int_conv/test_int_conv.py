@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import packing
-from kernels.int_conv import choose, int_conv, xla
+from kernels import choices, cpu, packing
+from kernels.int_conv import choose, int_conv, winograd, xla
 from kernels.int_conv.shapes import REAL, SMALL
 
 # Those that run without a GPU; the test of the kernel has the other.
@@ -40,6 +40,18 @@ def operands(shape, low=-128, high=127):
     return x, w, {'strides': (shape.stride,) * 2, 'padding': (shape.padding,) * 2}
 
 
+# What Winograd's transforms leave within int8.
+NARROW_X, NARROW_W = 31, 14
+
+
+def operands_for(algorithm, shape):
+    """Codes that an algorithm accepts: for Winograd's narrow ones, their ends among them."""
+    x, w, geometry = operands(shape)
+    if algorithm != 'winograd':
+        return x, w, geometry
+    return np.clip(x, -NARROW_X, NARROW_X), np.clip(w, -NARROW_W, NARROW_W), geometry
+
+
 def pad_values(batch_size):
     per_image = np.linspace(-128, 127, batch_size).astype(np.int32)
     return [0, -128, 127, np.int32(3), jnp.int32(-5), jnp.asarray(per_image), per_image]
@@ -70,10 +82,18 @@ def test_padding_holds_the_code_of_zero_of_all_images_or_of_each(name, implement
         np.testing.assert_array_equal(got, oracle(x, w, **geometry, pad_value=pad_value))
 
 
-@pytest.mark.parametrize('algorithm', xla.ALGORITHMS)
-@pytest.mark.parametrize('shape', SMALL.values(), ids=SMALL)
-def test_every_algorithm_is_exact_whichever_this_platform_chooses(shape, algorithm):
-    x, w, geometry = operands(shape)
+@pytest.mark.parametrize(
+    'name, algorithm',
+    [
+        (name, algorithm)
+        for name, shape in SMALL.items()
+        for algorithm in xla.ALGORITHMS
+        if algorithm != 'winograd' or (shape.kernel, shape.stride) == (3, 1)
+    ],
+)
+def test_every_algorithm_is_exact_whichever_this_platform_chooses(name, algorithm):
+    shape = SMALL[name]
+    x, w, geometry = operands_for(algorithm, shape)
     for pad_value in (0, jnp.arange(shape.B, dtype=jnp.int32) - 2):
         got = jax.jit(
             lambda x, w, pad_value=pad_value: xla.ALGORITHMS[algorithm](
@@ -144,7 +164,7 @@ def test_uneven_geometry_on_each_axis_is_exact():
 @pytest.mark.parametrize('implementation', ['reference', *xla.ALGORITHMS])
 @pytest.mark.parametrize('in_axes', [(0, None), (None, 0), (0, 0)])
 def test_vmap_equals_the_parts(in_axes, implementation):
-    x, w, geometry = operands(SMALL['ragged'])
+    x, w, geometry = operands_for(implementation, SMALL['ragged'])
     x, w = np.stack([x, x[::-1]]), np.stack([w, w[::-1]])
     pad_value = jnp.array([4, -3, 0], jnp.int32)
 
@@ -170,6 +190,43 @@ def test_pad_value_may_be_traced():
     assert run._cache_size() == 1
 
 
+@pytest.mark.parametrize('signs', ['equal', 'alternating'])
+@pytest.mark.parametrize('padding', [((1, 1), (1, 1)), ((0, 0), (0, 0)), ((2, 0), (0, 3))])
+def test_winograd_is_exact_at_both_ends_of_its_range(padding, signs):
+    # Alternating signs reach the ends of the transformed differences, equal ones of the sums.
+    pattern = np.ones(7) if signs == 'equal' else (-1) ** np.arange(7)
+    plane = np.multiply.outer(pattern, pattern)[None, :, :, None]
+    for sign in (1, -1):
+        x = (sign * NARROW_X * np.broadcast_to(plane, (2, 7, 7, 40))).astype(np.int8)
+        w = (NARROW_W * np.broadcast_to(plane[:, :3, :3], (3, 3, 3, 40))).astype(np.int8)
+        geometry = {'strides': (1, 1), 'padding': padding}
+        got = winograd.int_conv(x, w, pad_value=sign * NARROW_X, **geometry)
+        want = oracle(x, w, **geometry, pad_value=sign * NARROW_X)
+        np.testing.assert_array_equal(got, want)
+
+
+def test_winograd_refuses_what_would_not_fit_int8():
+    shape, ones = (64, 3, 3, 64), (1, 1)
+    assert winograd.refusal(shape, ones, NARROW_X, NARROW_W) is None
+    assert 'int8' in winograd.refusal(shape, ones, NARROW_X + 1, NARROW_W)
+    assert 'int8' in winograd.refusal(shape, ones, NARROW_X, NARROW_W + 1)
+    assert '3x3' in winograd.refusal(shape, (2, 2), 8, 8)
+    assert '3x3' in winograd.refusal((64, 1, 1, 64), ones, 8, 8)
+
+
+def test_narrow_codes_take_winograd_on_a_cpu_without_int8_dots(monkeypatch):
+    x, w, geometry = operands(SMALL['ragged']._replace(C=32, O=32))
+    x, w = jnp.asarray(x >> 4), jnp.asarray(w >> 4)
+    for has_dot, expected in ((False, True), (True, False)):
+        monkeypatch.setattr(cpu, 'has_int8_dot', lambda has_dot=has_dot: has_dot)
+        with choices.recorded() as calls:
+            got = int_conv(x, w, x_max=8, w_max=8, **geometry)
+        np.testing.assert_array_equal(got, oracle(np.asarray(x), np.asarray(w), **geometry))
+        (call,) = calls
+        assert call.op == 'int_conv' and call.implementation == 'xla'
+        assert ('2.25 times fewer' in call.reason) == expected
+
+
 @pytest.mark.parametrize('platform', xla.dot.PLATFORMS)
 def test_only_tpu_and_recent_cpu_use_the_direct_convolution(platform, monkeypatch):
     monkeypatch.setattr(jax, 'default_backend', lambda: platform)
@@ -179,6 +236,13 @@ def test_only_tpu_and_recent_cpu_use_the_direct_convolution(platform, monkeypatc
     monkeypatch.setattr(xla, '_DIRECT_IS_FAST_ON_CPU', False)
     algorithm, _ = xla.choose_algorithm((128, 3, 3, 128))
     assert algorithm == ('direct' if platform == 'tpu' else 'im2col')
+
+
+def test_columns_larger_than_the_caches_are_not_copied_on_cpu(monkeypatch):
+    monkeypatch.setattr(xla, '_DIRECT_IS_FAST_ON_CPU', False)
+    algorithm, reason = xla.choose_algorithm((128, 3, 3, 256), num_pixels=8192)
+    assert algorithm == 'direct' and '19 MB' in reason
+    assert xla.choose_algorithm((128, 3, 3, 256), num_pixels=512)[0] == 'im2col'
 
 
 def test_choose_names_what_runs_and_why():
