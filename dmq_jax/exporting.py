@@ -126,7 +126,10 @@ def denoiser(exported: Exported, mode: str = 'integer') -> denoisers.Denoiser:
     }
     if mode == 'integer':
         params['params'] = jax.tree.map(jnp.asarray, exported.params)
-        params['weights'] = {p: integer_weight(w) for p, w in exported.weights.items()}
+        params['weights'] = {
+            path: integer_weight(weight, exported.plan[path].inputs)
+            for path, weight in exported.weights.items()
+        }
     else:
         flat = dict(traverse_util.flatten_dict(exported.params, sep='/'))
         flat |= {f'{path}/kernel': dequantize(w) for path, w in exported.weights.items()}

@@ -1,7 +1,9 @@
 """Layers whose products run on integers: the arithmetic behind integer mode and training.
 
-Inputs become int8 codes, weights are int8 codes already, and zero points are taken out of the int32
-sums exactly, so that the result stands for the same number as rounding in float.
+Inputs become int8 codes, or two to a byte where the kernel multiplies nibbles; weights of up to 4
+bits stay packed in memory. Zero points are taken out of the int32 sums exactly, so that the result
+stands for the same number as rounding in float. Scales, zero points and bias are the epilogue of
+the product wherever one scale per output serves the whole sum.
 """
 
 import functools
@@ -16,17 +18,24 @@ from dmq_jax.quant import numerics, products
 from dmq_jax.quant.plan import LayerSpec
 from dmq_jax.quant.rows import Rows, fake_quantize_input, per_image, scale_channels
 from dmq_jax.quant.tensor import QuantizedTensor, QuantSpec, expand, unpack_rows
+from kernels import packing
+from kernels.epilogue import Epilogue
+from kernels.int_conv import api as int_conv_api
 from kernels.int_conv.api import int_conv
+from kernels.int_matmul import api as int_matmul_api
 from kernels.int_matmul.api import int_matmul
+
+NIBBLE = 4  # bits of the widest codes that are stored two to a byte
 
 
 def carry_codes(
-    x: Float[Array, 'B ...'], rows: Rows, spec: QuantSpec
+    x: Float[Array, 'B ...'], rows: Rows, spec: QuantSpec, *, keep_width: bool = False
 ) -> tuple[Int[Array, 'B ...'], Array | None]:
     """int8 codes of `x`, and the code that means 0.0 (None: it is 0).
 
     Up to 7 bits the zero point is subtracted at once: the difference of two codes still fits
-    int8, and zero padding is exact for free. At 8 bits codes are shifted by 128 into int8.
+    int8, and zero padding is exact for free. At 8 bits, or to `keep_width`, codes are shifted by
+    half of the grid into a signed one.
     """
     qmin, qmax = spec.grid
     scale, zero_point = (per_image(rows[name], x.ndim) for name in ('scale', 'zero_point'))
@@ -34,9 +43,11 @@ def carry_codes(
     if spec.symmetric:
         return codes.astype(jnp.int8), None
     rounded = jnp.round(zero_point)
-    if spec.bits < 8:
+    if spec.bits < 8 and not keep_width:
         return (codes - rounded).astype(jnp.int8), None
-    return (codes - 128.0).astype(jnp.int8), jnp.round(rows['zero_point']).astype(jnp.int32) - 128
+    half = 2 ** (spec.bits - 1)
+    zero_code = jnp.round(rows['zero_point']).astype(jnp.int32) - half
+    return (codes - float(half)).astype(jnp.int8), zero_code
 
 
 def integer_product(
@@ -51,16 +62,19 @@ def integer_product(
     """A product of two activations on integers, zero points taken out of the sum exactly."""
     a, a_zero = carry_codes(lhs, lhs_rows, lhs_spec)
     b, b_zero = carry_codes(rhs, rhs_rows, rhs_spec)
-    total = int_matmul(a, b, x_max=_largest(lhs_spec), w_max=_largest(rhs_spec))
-    if a_zero is not None or b_zero is not None:
-        # sum (a - za)(b - zb) = sum ab - za sum b - zb sum a + K za zb
-        none = jnp.zeros((), jnp.int32)
-        za, zb = (none if z is None else per_image(z, a.ndim) for z in (a_zero, b_zero))
-        a_sum = jnp.sum(a.astype(jnp.int32), axis=-1)[..., :, None]
-        b_sum = jnp.sum(b.astype(jnp.int32), axis=-1)[..., None, :]
-        total = total - za * b_sum - zb * a_sum + a.shape[-1] * za * zb
-    scale = per_image(lhs_rows['scale'], total.ndim) * per_image(rhs_rows['scale'], total.ndim)
-    return (total.astype(jnp.float32) * scale).astype(lhs.dtype)
+    bounds = {'x_max': _largest(lhs_spec), 'w_max': _largest(rhs_spec)}
+    scale = lhs_rows['scale'] * rhs_rows['scale']
+    if a_zero is None and b_zero is None:
+        epilogue = _epilogue(jnp.ones(()), scale, None, None)
+        return int_matmul(a, b, **bounds, epilogue=epilogue, out_dtype=lhs.dtype.name)
+    total = int_matmul(a, b, **bounds)
+    # sum (a - za)(b - zb) = sum ab - za sum b - zb sum a + K za zb
+    none = jnp.zeros((), jnp.int32)
+    za, zb = (none if z is None else per_image(z, a.ndim) for z in (a_zero, b_zero))
+    a_sum = jnp.sum(a.astype(jnp.int32), axis=-1)[..., :, None]
+    b_sum = jnp.sum(b.astype(jnp.int32), axis=-1)[..., None, :]
+    total = total - za * b_sum - zb * a_sum + a.shape[-1] * za * zb
+    return (total.astype(jnp.float32) * per_image(scale, total.ndim)).astype(lhs.dtype)
 
 
 def integer_layer(
@@ -80,10 +94,13 @@ def integer_layer(
         VALID.
     """
     bias = module.get_variable('params', 'bias') if module.use_bias else None
-    dtype = module.dtype or x.dtype
+    dtype = jnp.dtype(module.dtype or x.dtype)
     x = scale_channels(x, channels, 'input')
+    is_scaled = channels is not None and 'output' in channels
     if weight is None or rows is None:
         y = _half_quantized(module, x, rows, weight, spec)
+    elif _fits_epilogue(weight, spec) and not is_scaled:
+        return _fused(module, x, rows, weight, spec, bias, dtype)
     else:
         y = _accumulate(module, x, rows, weight, spec)
     y = scale_channels(y, channels, 'output')
@@ -163,16 +180,31 @@ def scaled_layer(
     return y.astype(module.dtype or x.dtype)
 
 
-def integer_weight(tensor: QuantizedTensor) -> dict[str, Array]:
+def integer_weight(tensor: QuantizedTensor, inputs: QuantSpec | None = None) -> dict[str, Array]:
     """The entry `weight` of the collection `quant` for integer mode.
 
-    `codes` are int8 with the output channel first. Up to 7 bits an asymmetric weight's zero point
-    is subtracted at once; at 8 bits codes and zero point are shifted by 128 into int8.
+    `codes` have the output channel first. Of up to 4 bits they stay packed (uint8), and each call
+    unpacks what its back end does not take, which costs little (kernels/README.md, "Integer
+    sampling on CPU"). Wider ones are int8: up to 7 bits an asymmetric weight's zero point is
+    subtracted at once; at 8 bits codes and zero point are shifted by 128 into int8.
+
+    Args:
+      tensor: packed.
+      inputs: spec of the layer's inputs. Codes that are carried with their zero point need
+        `tap_sum`, the sum over the channels of each tap, which is then computed once.
     """
-    return _int8_weight(
-        jnp.asarray(unpack_rows(tensor)).astype(jnp.int32),
-        jnp.asarray(tensor.scale), jnp.asarray(tensor.zero_point), tensor.spec, tensor.shape,
-    )  # fmt: skip
+    spec, scale = tensor.spec, jnp.asarray(tensor.scale)
+    zero_point = jnp.asarray(tensor.zero_point)
+    if spec.bits <= NIBBLE:
+        entry = {'codes': jnp.asarray(tensor.packed), 'scale': scale, 'zero_point': zero_point}
+    else:
+        codes = jnp.asarray(unpack_rows(tensor)).astype(jnp.int32)
+        entry = _int8_weight(codes, scale, zero_point, spec, tensor.shape)
+    keeps_zero = inputs is not None and not inputs.symmetric and inputs.bits in (NIBBLE, 8)
+    if keeps_zero and _fits_epilogue(entry, LayerSpec(weight=spec, inputs=inputs)):
+        codes = _int8_codes(entry, spec, tensor.shape[-2], tensor.shape[:-2])
+        entry['tap_sum'] = jnp.sum(codes, axis=-1, dtype=jnp.int32).reshape(codes.shape[0], -1)
+    return entry
 
 
 def _int8_weight(codes, scale, zero_point, spec, shape):
@@ -183,6 +215,83 @@ def _int8_weight(codes, scale, zero_point, spec, shape):
         zeros = jnp.broadcast_to(expand(zero_point, shape), shape)
         codes, zero_point = codes - jnp.moveaxis(zeros, -1, 0), jnp.zeros_like(zero_point)
     return {'codes': codes.astype(jnp.int8), 'scale': scale, 'zero_point': zero_point}
+
+
+def _int8_codes(weight, spec, channels, kernel_size):
+    """int8 codes [N, *kernel_size, K] of an entry, zero point taken out unless it is kept."""
+    codes = weight['codes']
+    if codes.dtype != jnp.uint8:
+        return codes
+    codes = packing.unpack(codes, spec.bits, signed=spec.symmetric, length=channels)
+    codes = codes.reshape(codes.shape[0], *kernel_size, channels)
+    if spec.symmetric:
+        return codes
+    shape = (*codes.shape[1:], codes.shape[0])
+    return codes - jnp.moveaxis(
+        jnp.broadcast_to(expand(weight['zero_point'], shape), shape), -1, 0
+    ).astype(jnp.int8)
+
+
+def _kernel_size(module: nn.Dense | nn.Conv) -> tuple[int, ...]:
+    """Of a convolution; () for a Dense layer."""
+    return () if isinstance(module, nn.Dense) else tuple(module.kernel_size)
+
+
+def _fits_epilogue(weight: Mapping[str, Array], spec: LayerSpec) -> bool:
+    """Whether one scale per output, and no zero point of the weight, serves the whole sum."""
+    return weight['scale'].shape[-2] == 1 and not _keeps_zero_point(spec.weight)
+
+
+def _epilogue(w_scale, scale, zero_code, bias) -> Epilogue:
+    """What follows a product, for rows ([] or one per image) that were picked already."""
+    table = scale.reshape(-1)
+    row = jnp.zeros((), jnp.int32) if scale.ndim == 0 else jnp.arange(table.size, dtype=jnp.int32)
+    zero_point = None if zero_code is None else zero_code.reshape(-1)
+    return Epilogue(w_scale, table, row, zero_point, bias)
+
+
+def _fused(module, x, rows, weight, spec, bias, dtype):
+    """A layer as one call of a kernel: codes, packed weights, epilogue."""
+    channels, kernel_size = x.shape[-1], _kernel_size(module)
+    num_outputs = weight['codes'].shape[0]
+    geometry = {}
+    if kernel_size:
+        geometry = dict(zip(('strides', 'padding'), conv_geometry(module, x.shape), strict=True))
+    packed = weight['codes'].dtype == jnp.uint8 and spec.weight.symmetric
+    nibbles = packed and _takes_nibbles(
+        x.shape, (num_outputs, *kernel_size, channels), spec, geometry
+    )
+    x_codes, x_zero = carry_codes(x, rows, spec.inputs, keep_width=nibbles)
+    options = {
+        'x_max': _largest(spec.inputs),
+        'w_max': _largest(spec.weight),
+        'epilogue': _epilogue(_channels(weight['scale'], 0), rows['scale'], x_zero, bias),
+        'out_dtype': dtype.name,
+        **geometry,
+    }
+    if nibbles:
+        x_codes = packing.pack(x_codes, NIBBLE)
+        options['x_bits'] = NIBBLE
+    w = weight['codes']
+    if packed:
+        options['bits'] = spec.weight.bits
+    else:
+        w = _int8_codes(weight, spec.weight, channels, kernel_size)
+    tap_sum = weight.get('tap_sum')
+    if not kernel_size:
+        w_sum = None if tap_sum is None else tap_sum[:, 0]
+        return int_matmul(x_codes, w, w_sum=w_sum, **options)
+    if packed:
+        options['kernel_size'] = kernel_size
+    return int_conv(x_codes, w, tap_sum=tap_sum, **options)
+
+
+def _takes_nibbles(x_shape, w_shape, spec, geometry):
+    """Whether the kernel that runs here multiplies 4-bit inputs two to a byte."""
+    if spec.inputs.bits != NIBBLE or packing.container_bits(spec.weight.bits) != NIBBLE:
+        return False
+    api = int_conv_api if geometry else int_matmul_api
+    return api.takes_nibbles(x_shape, w_shape, **geometry)
 
 
 def _keeps_zero_point(spec: QuantSpec) -> bool:
@@ -197,11 +306,12 @@ def _half_quantized(module, x, rows, weight, spec):
     if weight is None:
         kernel = module.get_variable('params', 'kernel')
     else:
-        codes = jnp.moveaxis(weight['codes'], 0, -1).astype(jnp.float32)
-        zero_point = weight['zero_point'].astype(jnp.float32)
-        kernel = numerics.dequantize(
-            codes, expand(weight['scale'], codes.shape), expand(zero_point, codes.shape)
-        )
+        codes = _int8_codes(weight, spec.weight, x.shape[-1], _kernel_size(module))
+        codes = jnp.moveaxis(codes, 0, -1).astype(jnp.float32)
+        zero_point = jnp.zeros(())
+        if _keeps_zero_point(spec.weight):
+            zero_point = expand(weight['zero_point'].astype(jnp.float32), codes.shape)
+        kernel = numerics.dequantize(codes, expand(weight['scale'], codes.shape), zero_point)
     x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
     if isinstance(module, nn.Dense):
         return x @ kernel
@@ -214,7 +324,8 @@ def _half_quantized(module, x, rows, weight, spec):
 def _accumulate(module, x, rows, weight, spec):
     """scale_x * sum over groups of scale_w * (integer accumulator), zero points taken out."""
     x_codes, x_zero = carry_codes(x, rows, spec.inputs)
-    codes, w_scale = weight['codes'], weight['scale']
+    codes = _int8_codes(weight, spec.weight, x.shape[-1], _kernel_size(module))
+    w_scale = weight['scale']
     bounds = {'x_max': _largest(spec.inputs), 'w_max': _largest(spec.weight)}
     groups = w_scale.shape[-2]
     size = codes.shape[-1] // groups

@@ -69,6 +69,29 @@ def choose(
     return Choice('xla', f'{choice.reason}; {algorithm}: {reason}')
 
 
+def takes_nibbles(
+    x_shape: tuple[int, int, int, int],
+    w_shape: tuple[int, int, int, int],
+    *,
+    strides: tuple[int, int],
+    padding: tuple[tuple[int, int], tuple[int, int]],
+) -> bool:
+    """Whether 4-bit x beside packed 4-bit w is best given packed too (`x_bits=4`) here.
+
+    Args:
+      x_shape: [B, H, W, C], of the codes.
+      w_shape: [O, kh, kw, C], of the codes.
+      strides: as for `int_conv`.
+      padding: as for `int_conv`.
+    """
+    height, width = _output_size(x_shape, w_shape, strides, padding)
+    problem = Problem(
+        'W4A4', 1, x_shape[0] * height * width, w_shape[0], math.prod(w_shape[1:]),
+        packing.packed_length(x_shape[-1], 4), 8, True, math.prod(x_shape),
+    )  # fmt: skip
+    return choose_backend(BACKENDS, None, problem).implementation == 'triton'
+
+
 def int_conv(
     x: Int8[Array, 'B H W C'] | UInt8[Array, 'B H W Lx'],
     w: Int8[Array, 'O kh kw C'] | UInt8[Array, 'O taps L'],
@@ -147,10 +170,7 @@ def int_conv(
     K = math.prod(w_shape[1:])
     w_max = code_max if w_max is None else w_max
     check_accumulator(K, x_max, w_max)
-    height, width = (
-        (x.shape[1 + axis] + sum(padding[axis]) - kernel_size[axis]) // strides[axis] + 1
-        for axis in (0, 1)
-    )
+    height, width = _output_size(x.shape, w_shape, strides, padding)
     has_zero = False
     if epilogue is not None:
         rows_shape = (x.shape[0], height, width)
@@ -198,6 +218,15 @@ def int_conv(
         return total
     w_sum = jnp.sum(tap_sum, axis=-1) if has_zero else None
     return apply(total, epilogue, w_sum, out_dtype)
+
+
+def _output_size(x_shape, w_shape, strides, padding) -> tuple[int, int]:
+    """(Ho, Wo)."""
+    height, width = (
+        (x_shape[1 + axis] + sum(padding[axis]) - w_shape[1 + axis]) // strides[axis] + 1
+        for axis in (0, 1)
+    )
+    return height, width
 
 
 def _check_taps(

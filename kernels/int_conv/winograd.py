@@ -20,6 +20,10 @@ from kernels.int_matmul import xla as dot
 
 INT8_MAX = 127
 
+# Images are taken in groups whose 16 terms stay below this: as fast or faster than all at once on
+# the widest layers of the CIFAR-10 U-Net, with 2.5 times less memory.
+GROUP_BYTES = 8_000_000
+
 
 def refusal(
     w_shape: tuple[int, int, int, int], strides: tuple[int, int], x_max: int, w_max: int
@@ -56,11 +60,28 @@ def int_conv(
     # Codes below the last row and beyond the last column reach only outputs that are cut off.
     padded = jnp.pad(padded, ((0, 0), (0, 2 * rows + 2 - Hp), (0, 2 * columns + 2 - Wp), (0, 0)))
     # A barrier: what makes the codes would otherwise run again for each of the 16 terms.
-    v = _transform_input(lax.optimization_barrier(padded), rows, columns)
-    u = _transform_weight(w)
-    products = dot.int_matmul(v.reshape(16, -1, C), u.reshape(16, num_outputs, C))
-    y = _transform_output(products.reshape(4, 4, B, rows, columns, num_outputs))
+    padded = lax.optimization_barrier(padded)
+    u = _transform_weight(w).reshape(16, num_outputs, C)
+
+    def convolve(images):
+        v = _transform_input(images, rows, columns).reshape(16, -1, C)
+        products = dot.int_matmul(v, u)
+        products = products.reshape(4, 4, images.shape[0], rows, columns, num_outputs)
+        return _transform_output(products)
+
+    size = _group_size(B, 64 * rows * columns * num_outputs)
+    if size == B:
+        y = convolve(padded)
+    else:
+        y = lax.map(convolve, padded.reshape(B // size, size, *padded.shape[1:]))
+        y = y.reshape(B, *y.shape[2:])
     return y[:, :height, :width]
+
+
+def _group_size(num_images: int, image_bytes: int) -> int:
+    """The most images, a divisor of all, whose terms stay below `GROUP_BYTES`; at least one."""
+    divisors = (size for size in range(num_images, 0, -1) if num_images % size == 0)
+    return next((size for size in divisors if size * image_bytes <= GROUP_BYTES), 1)
 
 
 def _transform_input(padded, rows, columns):

@@ -191,6 +191,20 @@ def choose(implementation: str | None = None, problem: Problem | None = None) ->
     return choose_backend(BACKENDS, implementation, problem)
 
 
+def takes_nibbles(x_shape: tuple[int, ...], w_shape: tuple[int, ...]) -> bool:
+    """Whether 4-bit x beside packed 4-bit w is best given packed too (`x_bits=4`) here.
+
+    Args:
+      x_shape: [..., M, K], of the codes.
+      w_shape: [N, K], of the codes.
+    """
+    N, K = w_shape
+    problem = Problem(
+        'W4A4', 1, math.prod(x_shape[:-1]), N, K, packing.packed_length(K, 4), 8, True
+    )
+    return choose_backend(BACKENDS, None, problem).implementation == 'triton'
+
+
 def mode_of(w: Array, bits: int | None, signed: bool, x_bits: int | None) -> str:
     """'W4A4', 'W4A8' or 'W8A8': what the kernels take packed; the rest is unpacked to int8."""
     if bits is None or not signed or packing.container_bits(bits) != 4:

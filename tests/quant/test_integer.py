@@ -243,7 +243,13 @@ def test_an_integer_layer_keeps_the_dtype_of_its_network():
     assert got.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize('bits', [4, 7, 8])
+@pytest.mark.parametrize('bits', [2, 3, 4])
+def test_narrow_weights_stay_packed_in_memory(bits):
+    tensor, *_ = random_weight((6, 5), weight_spec(bits, False))
+    np.testing.assert_array_equal(integer.integer_weight(tensor)['codes'], tensor.packed)
+
+
+@pytest.mark.parametrize('bits', [7, 8])
 def test_the_weights_of_integer_mode_stand_for_the_same_numbers(bits):
     spec = weight_spec(bits, False, 2)
     tensor, codes, scale, zero_point = random_weight((6, 5), spec)

@@ -205,6 +205,15 @@ def test_winograd_is_exact_at_both_ends_of_its_range(padding, signs):
         np.testing.assert_array_equal(got, want)
 
 
+def test_winograd_takes_images_in_groups_with_the_same_result(monkeypatch):
+    x, w, geometry = operands_for('winograd', SMALL['ragged']._replace(B=6))
+    want = oracle(x, w, **geometry)
+    for group_bytes in (1, 64 * 12 * w.shape[0] * 2, 10**9):  # one image, two, all
+        monkeypatch.setattr(winograd, 'GROUP_BYTES', group_bytes)
+        got = winograd.int_conv(x, w, pad_value=0, **geometry)
+        np.testing.assert_array_equal(got, want)
+
+
 def test_winograd_refuses_what_would_not_fit_int8():
     shape, ones = (64, 3, 3, 64), (1, 1)
     assert winograd.refusal(shape, ones, NARROW_X, NARROW_W) is None
