@@ -27,6 +27,7 @@ from dmq_jax.quant.layers import integer, quantizable_layers
 from dmq_jax.quant.plan import LayerSpec, Plan, QuantizableLayer, Rule, full_rules, paper_rules
 from dmq_jax.quant.rows import at_timestep
 from dmq_jax.quant.tensor import QuantSpec
+from kernels import choices
 
 # Calibration keeps statistics only; any spec marks an input as observed.
 OBSERVED = QuantSpec(bits=8, symmetric=False)
@@ -412,8 +413,19 @@ class QuantizedPredict:
     lookup: str
     mode: str
 
-    def __call__(self, params: PyTree, x: Array, t: Array, y: Array | None = None) -> Array:
-        """The prediction; `params` are those of `fake_params`, `training_params` or an export."""
+    def __call__(
+        self,
+        params: PyTree,
+        x: Array,
+        t: Array,
+        y: Array | None = None,
+        *,
+        calls: dict[str, list[choices.Call]] | None = None,
+    ) -> Array:
+        """The prediction; `params` are those of `fake_params`, `training_params` or an export.
+
+        `calls` receives what each layer calls in integer mode; see `quant.layers.integer`.
+        """
         rows = rows_at(params, t, self.lookup)
         plan = dict(self.plan)
         if self.mode == 'fake':
@@ -424,7 +436,7 @@ class QuantizedPredict:
         entries = {path: dict(rows.get(path, {})) for path in plan}
         for path, weight in params['weights'].items():
             entries[path]['weight'] = weight
-        with integer(plan):
+        with integer(plan, calls):
             variables = {'params': params['params'], 'quant': by_path(entries)}
             return self.network.apply(variables, x, t, y)
 

@@ -26,6 +26,7 @@ from dmq_jax.quant.integer import integer_weight
 from dmq_jax.quant.plan import LayerSpec
 from dmq_jax.quant.tensor import QuantizedTensor, QuantSpec, dequantize, pack
 from dmq_jax.runtime import checkpoint, log
+from kernels import choices
 
 FORMAT = 'dmq_jax.export.1'
 _DECODER = 'decoder.safetensors'
@@ -138,6 +139,44 @@ def denoiser(exported: Exported, mode: str = 'integer') -> denoisers.Denoiser:
         exported.network, tuple(exported.plan.items()), exported.lookup, mode
     )
     return denoisers.Denoiser(predict, params, exported.info, exported.network, exported.decoder)
+
+
+class Implementation(NamedTuple):
+    """What computes one layer of an export.
+
+    Attributes:
+      name: the back ends of its kernels, such as 'xla'; 'float' where only one operand is
+        quantized, or none is multiplied.
+      reason: why each was chosen.
+    """
+
+    name: str
+    reason: str
+
+
+def implementations(exported: Exported, batch_size: int = 8) -> dict[str, Implementation]:
+    """What runs each quantized layer on this platform, by path; nothing is computed.
+
+    Args:
+      exported: from `make` or `load`.
+      batch_size: images per call; decides sizes, and with them choices.
+    """
+    calls: dict[str, list[choices.Call]] = {}
+    params = jax.eval_shape(lambda: denoiser(exported).params)
+    inputs = denoisers.example_inputs(exported.info, batch_size)
+    predict = denoisers.QuantizedPredict(
+        exported.network, tuple(exported.plan.items()), exported.lookup, 'integer'
+    )
+    jax.eval_shape(lambda *arguments: predict(*arguments, calls=calls), params, *inputs)
+    return {path: _implementation(made) for path, made in calls.items()}
+
+
+def _implementation(calls: list[choices.Call]) -> Implementation:
+    if not calls:
+        return Implementation('float', 'no product of two quantized operands')
+    names = dict.fromkeys(call.implementation for call in calls)
+    reasons = dict.fromkeys(f'{call.op} {call.problem.mode}: {call.reason}' for call in calls)
+    return Implementation(', '.join(names), ' | '.join(reasons))
 
 
 def size_bytes(exported: Exported) -> int:

@@ -4,8 +4,9 @@
 
 PATH is whatever `load_teacher` takes, or the folder of an export. Of a float network it prints
 family, parameters, process and condition, what the coverages 'paper' and 'full' would quantize, the
-size at 8, 4 and 2 bits, and the memory to expect; of an export its plan and sizes. Every tensor is
-checked, none is kept in memory.
+size at 8, 4 and 2 bits, and the memory to expect; of an export its plan, its sizes, and which
+implementation runs each layer on this platform and why. Every tensor is checked, none is kept in
+memory.
 
 The memory is an estimate, of arrays alone: sampling holds the weights and, for each image, the
 operands and results of the largest single operation of the network; fine-tuning holds the float
@@ -92,8 +93,8 @@ def describe_teacher(teacher: denoisers.Denoiser, batch_size: int) -> list[str]:
     return lines
 
 
-def describe_export(folder: str) -> list[str]:
-    """What `inspect` says of an export: its plan, and sizes."""
+def describe_export(folder: str, batch_size: int) -> list[str]:
+    """What `inspect` says of an export: its plan, sizes, and what runs its layers here."""
     exported = exporting.load(folder)
     manifest = exporting.read_manifest(folder)
     shapes = jax.eval_shape(
@@ -111,6 +112,9 @@ def describe_export(folder: str) -> list[str]:
         f'size         {_mb(size)}, {_mb(before)} in float32',
         '',
         *tables.plan_table(layers, exported.plan),
+        '',
+        f'on {jax.devices()[0].device_kind} ({jax.default_backend()}), batch {batch_size}',
+        *tables.implementation_table(exporting.implementations(exported, batch_size)),
     ]
 
 
@@ -171,11 +175,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--kind', default='auto', help='see config.TeacherConfig')
     parser.add_argument('--settings', help='a published name or a JSON file')
     parser.add_argument('--components', help='a diffusers folder with what the checkpoint lacks')
-    parser.add_argument('--batch-size', type=int, default=8, help='images, for the memory')
+    parser.add_argument('--batch-size', type=int, default=8, help='images, for memory and choices')
     given = parser.parse_args(arguments)
     try:
         if exporting.is_export(given.path):
-            lines = describe_export(given.path)
+            lines = describe_export(given.path, given.batch_size)
         else:
             teacher = teachers.load_teacher(
                 given.path, kind=given.kind, settings=given.settings,

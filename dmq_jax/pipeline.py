@@ -37,6 +37,7 @@ from dmq_jax.config import AdaptConfig, Config, StudentConfig
 from dmq_jax.files import images as images_lib
 from dmq_jax.quant import plan as plan_lib
 from dmq_jax.reporting import charts, tables
+from dmq_jax.reporting.results import IMPLEMENTATIONS
 from dmq_jax.runtime import hosts, log, mesh, parts
 from dmq_jax.runtime.progress import progress
 
@@ -422,6 +423,9 @@ def samples(context: Run, name: str) -> dict[str, np.ndarray]:
         # ADM's layout: the images, and beside them the labels of a class-conditional network.
         labels = {'arr_1': drawn['labels'].astype(np.int64)} if drawn['labels'].size else {}
         np.savez_compressed(path / 'images.npz', **drawn, **labels)
+        if options.get('mode') == 'integer':
+            ran = exporting.implementations(exported(context, name), config.sample.batch_size)
+            log.write_json(path / IMPLEMENTATIONS, ran)
         count = min(config.report.grid_size**2, config.sample.num_images)
         grid = sampling.image_grid(drawn['arr_0'][:count], columns=config.report.grid_size)
         (path / 'grid.png').write_bytes(charts.encode_png(grid))

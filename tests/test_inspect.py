@@ -31,6 +31,9 @@ def test_an_export_is_described_with_its_plan(tmp_path, capsys):
     assert 'round_to_nearest' in out and 'conv_in' in out
     size = json.loads((tmp_path / 'export/manifest.json').read_text())['size_bytes']
     assert f'{size / 1e6:.1f} MB' in out
+    chosen = out[out.index('implementation') :].splitlines()
+    (line,) = [line for line in chosen if line.startswith('conv_in ')]
+    assert ' xla ' in line and 'int_conv' in line and 'the first that can run' in line
 
 
 def test_sizes_are_those_of_the_packed_weights():

@@ -161,6 +161,8 @@ def test_samples_are_paired_images_with_balanced_labels(whole):
         assert np.bincount(drawn['labels']).tolist() == [4, 4, 4]
         assert drawn['images_per_second'] > 0
         if name != 'teacher':
+            ran = json.loads((whole / 'samples' / name / 'implementations.json').read_text())
+            assert ran['conv_in'][0] == 'xla'
             assert (drawn['arr_0'] != arrays['teacher']['arr_0']).any()
 
 

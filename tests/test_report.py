@@ -62,6 +62,13 @@ def test_a_finished_run_leaves_nothing_out(page):
     assert page.count('class="chart"') >= 1 + 1 + 3 + 1 + 1
 
 
+def test_the_page_says_which_implementation_ran_each_layer(page):
+    _, _, table = page.partition('What ran each layer of')
+    rows = table[: table.index('</pre>')].splitlines()
+    (row,) = [row for row in rows if row.startswith('down_0/block_0/conv1 ')]
+    assert ' xla ' in row and 'int_conv' in row
+
+
 def test_names_of_classes_stand_beside_their_rows(page):
     assert '<span>T-shirt</span><span>Trouser</span><span>Pullover</span></div>' in page
 

@@ -272,11 +272,11 @@ def _fused(module, x, rows, weight, spec, bias, dtype):
     if nibbles:
         x_codes = packing.pack(x_codes, NIBBLE)
         options['x_bits'] = NIBBLE
-    w = weight['codes']
+    w = _after(x, weight['codes'])
     if packed:
         options['bits'] = spec.weight.bits
     else:
-        w = _int8_codes(weight, spec.weight, channels, kernel_size)
+        w = _int8_codes({**weight, 'codes': w}, spec.weight, channels, kernel_size)
     tap_sum = weight.get('tap_sum')
     if not kernel_size:
         w_sum = None if tap_sum is None else tap_sum[:, 0]
@@ -284,6 +284,20 @@ def _fused(module, x, rows, weight, spec, bias, dtype):
     if packed:
         options['kernel_size'] = kernel_size
     return int_conv(x_codes, w, tap_sum=tap_sum, **options)
+
+
+def _after(x: Array, codes: Array) -> Array:
+    """`codes`, packed ones only once `x` is there, so that they are unpacked layer by layer.
+
+    XLA for CPU otherwise unpacks the weights of all layers first, and outside the loop of a
+    sampler: 2.5 times the memory of the whole model. It drops optimization barriers before it
+    schedules, so the order is a dependency that it cannot see through: on NaN, which no integer
+    represents anyway.
+    """
+    if codes.dtype != jnp.uint8 or jax.default_backend() != 'cpu':
+        return codes
+    first = x[(0,) * x.ndim]
+    return codes ^ (first != first).astype(jnp.uint8)
 
 
 def _takes_nibbles(x_shape, w_shape, spec, geometry):

@@ -32,6 +32,7 @@ from dmq_jax.quant.integer import (
 from dmq_jax.quant.plan import INPUT_ROLES, Plan, QuantizableLayer
 from dmq_jax.quant.rows import at_timestep, fake_quantize_input
 from dmq_jax.quant.tensor import QuantSpec
+from kernels import choices
 
 # Named, not imported: quant knows no network, and a user's own modules may use these names.
 _PRODUCTS = {'Product': 'product', 'Tap': 'tap'}
@@ -274,16 +275,29 @@ def fake_quantized(plan: Plan) -> contextlib.AbstractContextManager[None]:
     return _intercepted(plan, action)
 
 
-def integer(plan: Plan) -> contextlib.AbstractContextManager[None]:
+def integer(
+    plan: Plan, calls: dict[str, list[choices.Call]] | None = None
+) -> contextlib.AbstractContextManager[None]:
     """Within it, every layer of `plan` multiplies integers.
 
     Besides the rows of the inputs, the collection `quant` holds for layers with a quantized
     kernel the entry `weight`, made by `integer_weight`; their `params` need no kernel. A layer
     with only one of its two operands quantized stays in float, on the values its integers stand
     for.
+
+    Args:
+      plan: the layers.
+      calls: receives, by path, the calls of kernels that each layer made; none for a float one.
     """
 
     def action(module, kind, spec, args, proceed):
+        with choices.recorded() as made:
+            result = compute(module, kind, spec, args)
+        if calls is not None:
+            calls['/'.join(module.path)] = made
+        return result
+
+    def compute(module, kind, spec, args):
         rows = [
             _entry(module, role) if spec.inputs is not None else None for role in INPUT_ROLES[kind]
         ]

@@ -13,7 +13,7 @@ from dmq_jax.reporting import charts
 from dmq_jax.reporting.charts import Axis, Series
 from dmq_jax.reporting.markup import absent, escape, figure
 from dmq_jax.reporting.results import Artefacts, describe_student
-from dmq_jax.reporting.tables import kernel_bytes, plan_table
+from dmq_jax.reporting.tables import implementation_table, kernel_bytes, plan_table
 
 NUM_SCALE_PANELS = 6  # layers whose scales are plotted, where the config names none
 NUM_SENSITIVE_LAYERS = 15
@@ -200,6 +200,12 @@ def plan_section(found: Artefacts) -> str:
             f'<details><summary>Every layer of {escape(name)}</summary>'
             f'<pre>{escape(lines)}</pre></details>'
         )
+        if name in found.implementations:
+            lines = '\n'.join(implementation_table(found.implementations[name]))
+            details += (
+                f'<details><summary>What ran each layer of {escape(name)} while it sampled'
+                f'</summary><pre>{escape(lines)}</pre></details>'
+            )
     return (
         figure(
             f'<div class="scroll"><table class="plan"><thead><tr>{heading}</tr></thead>'

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from dmq_jax.reporting.charts import Series
 from dmq_jax.runtime import log
 
 TEACHER = 'teacher'
+IMPLEMENTATIONS = 'implementations.json'  # beside the images that a student drew on integers
 METHODS = {'round_to_nearest': 'round to nearest', 'efficientdm': 'EfficientDM'}
 
 
@@ -29,6 +30,7 @@ class Artefacts(NamedTuple):
       exports: {student: the packed network}.
       analyses: {student: result of the stage analyse}.
       calibration: statistics of the activations, or None.
+      implementations: {student: {layer: (name, reason)}}, of what sampled on integers.
     """
 
     config: dict[str, Any]
@@ -39,6 +41,7 @@ class Artefacts(NamedTuple):
     exports: dict[str, exporting.Exported]
     analyses: dict[str, dict[str, Any]]
     calibration: calibrate.Calibration | None
+    implementations: dict[str, dict[str, Sequence[str]]] = {}
 
     @property
     def rows(self) -> dict[str, dict[str, Any]]:
@@ -90,6 +93,9 @@ def read(workdir: Path) -> Artefacts:
         for name, folder in folders.items()
         if (folder / 'export' / 'complete.json').is_file()
     }
+    implementations = {
+        name: read_json(workdir / 'samples' / name / IMPLEMENTATIONS) for name in students
+    }
     analyses = {n: read_json(f / 'analysis' / 'analysis.json') for n, f in folders.items()}
     return Artefacts(
         config=config,
@@ -100,6 +106,7 @@ def read(workdir: Path) -> Artefacts:
         exports=exports,
         analyses={name: analysis for name, analysis in analyses.items() if analysis},
         calibration=calibrate.load(statistics) if statistics.is_file() else None,
+        implementations={name: ran for name, ran in implementations.items() if ran},
     )
 
 

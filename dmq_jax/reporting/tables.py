@@ -124,6 +124,17 @@ def plan_table(layers: Mapping[str, QuantizableLayer], plan: Plan) -> list[str]:
     return _aligned(cells, left=5)
 
 
+def implementation_table(found: Mapping[str, Sequence[str]]) -> list[str]:
+    """Which implementation runs each layer, and why, as aligned lines of text.
+
+    Args:
+      found: name and reason, by path.
+    """
+    cells = [['layer', 'implementation', 'reason']]
+    cells += [[path, name, reason] for path, (name, reason) in found.items()]
+    return _aligned(cells, left=3)
+
+
 def kernel_bytes(layer: QuantizableLayer, spec: LayerSpec | None) -> tuple[int, int]:
     """Bytes of a layer's kernel in float32, and as `spec` stores it."""
     if layer.weight_shape is None:
