@@ -1,5 +1,6 @@
 """Fair timing on a busy machine: variants take turns, and their medians are compared."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -9,10 +10,17 @@ import jax
 
 
 class Timing(NamedTuple):
-    """Compile time, and the median time of one call, both of a jitted function."""
+    """Times of a jitted function, in seconds.
+
+    Attributes:
+      compile_s: to compile.
+      median_s: of one call.
+      spread_s: between the quartiles of the calls; NaN if unknown.
+    """
 
     compile_s: float
     median_s: float
+    spread_s: float = math.nan
 
 
 def measure(
@@ -38,7 +46,17 @@ def measure(
             jax.block_until_ready(compiled[name](*arguments))
             if index >= 2:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: Timing(compile_s[name], statistics.median(seconds[name])) for name in variants}
+    return {
+        name: Timing(compile_s[name], statistics.median(taken), _spread(taken))
+        for name, taken in seconds.items()
+    }
+
+
+def _spread(taken: list[float]) -> float:
+    if len(taken) < 2:
+        return math.nan
+    low, _, high = statistics.quantiles(taken, n=4, method='inclusive')
+    return high - low
 
 
 def report_line(shape_name: str, timings: Mapping[str, Timing], *, num_products: int) -> str:
