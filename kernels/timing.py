@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -59,11 +59,29 @@ def _spread(taken: list[float]) -> float:
     return high - low
 
 
-def report_line(shape_name: str, timings: Mapping[str, Timing], *, num_products: int) -> str:
-    """One Markdown table row: the first timing is the baseline, the others are ratios to it."""
-    (baseline, *others) = timings.values()
+def report_line(
+    shape_name: str,
+    timings: Mapping[str, Timing],
+    *,
+    num_products: int,
+    columns: Iterable[str] | None = None,
+) -> str:
+    """One Markdown table row: the first timing is the baseline, the others are ratios to it.
+
+    Args:
+      shape_name: of the row.
+      timings: by variant.
+      num_products: terms of all sums.
+      columns: variants of the table, the baseline first; one without a timing is a dash. None:
+        those of `timings`.
+    """
+    (first, *others) = timings if columns is None else columns
+    baseline = timings[first]
     compile_s = max(timing.compile_s for timing in timings.values())
-    ratios = [f'{baseline.median_s / timing.median_s:.2f}x' for timing in others]
+    ratios = [
+        f'{baseline.median_s / timings[name].median_s:.2f}x' if name in timings else '–'
+        for name in others
+    ]
     giga_operations = 2 * num_products / baseline.median_s / 1e9
     cells = [
         shape_name,

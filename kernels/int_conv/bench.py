@@ -1,8 +1,9 @@
 """Times integer convolutions against float32: `python -m kernels.int_conv.bench [name ...]`.
 
-Columns: `int8` and `W4 packed` are the library, the next ones its algorithms, whichever it
-chooses; `float32 codes` carries the integers in float32, exact only below 2^24. Where the Triton
-kernels can run, they follow with the bfloat16 of XLA.
+Columns: `int8`, `W4 packed` and `W4A4` (whose x has 4-bit codes) are the library, the next ones
+its algorithms, whichever it chooses, `winograd` on 4-bit codes; `float32 codes` carries the
+integers in float32, exact only below 2^24. Where the Triton kernels can run, they follow with the
+bfloat16 of XLA.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from kernels import packing, timing, triton_shim
-from kernels.int_conv import choose, int_conv, xla
+from kernels.int_conv import choose, int_conv, winograd, xla
 from kernels.int_conv.shapes import REAL, Shape
 
 
@@ -28,9 +29,17 @@ def variants(shape: Shape) -> dict[str, tuple]:
     w = jnp.asarray(w)
     geometry = {'strides': (shape.stride,) * 2, 'padding': (shape.padding,) * 2}
 
+    x4 = x >> jnp.int8(4)
+    algorithms = dict(xla.ALGORITHMS)
+    if winograd.refusal(w.shape, geometry['strides'], 8, 8) is not None:
+        del algorithms['winograd']
+
     def algorithm(name: str) -> tuple:
-        run = xla.ALGORITHMS[name]
-        return lambda x, w: run(x, w, **geometry, pad_value=0), (x, w)
+        run = algorithms[name]
+        return (
+            lambda x, w: run(x, w, **geometry, pad_value=0),
+            (x4 if name == 'winograd' else x, w),
+        )
 
     def float32_conv(x: jax.Array, w: jax.Array) -> jax.Array:
         return lax.conv_general_dilated(
@@ -49,7 +58,8 @@ def variants(shape: Shape) -> dict[str, tuple]:
         'float32': (float32_conv, (x.astype(jnp.float32), hwio)),
         'int8': (lambda x, w: int_conv(x, w, **geometry), (x, w)),
         'W4 packed': (lambda x, w: int_conv(x, w, bits=4, **geometry), (x, w_packed)),
-        **{name: algorithm(name) for name in xla.ALGORITHMS},
+        'W4A4': (lambda x, w: int_conv(x, w, bits=4, x_max=8, **geometry), (x4, w_packed)),
+        **{name: algorithm(name) for name in algorithms},
         'float32 codes': (float32_codes, (x, w)),
         **_gpu_variants(float32_conv, x, w, w_packed, hwio, geometry),
     }
@@ -78,7 +88,8 @@ def main() -> None:
     if unknown := set(arguments.names) - set(REAL):
         parser.error(f'unknown shapes {sorted(unknown)}: expected some of {list(REAL)}')
     names = arguments.names or list(REAL)
-    print(timing.report_header(variants(REAL[names[0]]), num_rounds=arguments.rounds))
+    columns = max((variants(REAL[name]) for name in names), key=len)
+    print(timing.report_header(columns, num_rounds=arguments.rounds))
     for name in names:
         shape = REAL[name]
         timings = timing.measure(variants(shape), num_rounds=arguments.rounds)
@@ -87,7 +98,8 @@ def main() -> None:
             for size in (shape.H, shape.W)
         )
         num_products = shape.B * height * width * shape.O * shape.C * shape.kernel**2
-        print(timing.report_line(name, timings, num_products=num_products), flush=True)
+        line = timing.report_line(name, timings, num_products=num_products, columns=columns)
+        print(line, flush=True)
     for name in names:
         shape = REAL[name]
         print(f'{name}: {choose((shape.O, shape.kernel, shape.kernel, shape.C)).reason}')

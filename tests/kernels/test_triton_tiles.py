@@ -72,7 +72,7 @@ def problem(op, mode, name, out_dtype='float16'):
 def check(op, mode, name, capability):
     """Compiles one entry of the table and asserts what makes it fast."""
     pytest.importorskip('triton', reason='it compiles the kernels, and brings a disassembler')
-    import machine_code
+    from tests.kernels import machine_code
 
     function, arguments = problem(op, mode, name)
     code = machine_code.compile_kernel(function, *arguments, capability=capability)
@@ -134,7 +134,7 @@ def test_every_entry_of_the_table_compiles_to_the_intended_instructions(capabili
 
 def test_results_of_bfloat16_are_rounded_not_truncated():
     pytest.importorskip('triton', reason='it compiles the kernels')
-    import machine_code
+    from tests.kernels import machine_code
 
     function, arguments = problem('int_matmul', 'W8A8', 'few_rows', 'bfloat16')
     code = machine_code.compile_kernel(function, *arguments, capability=86)
