@@ -292,9 +292,10 @@ def _after(x: Array, codes: Array) -> Array:
     XLA for CPU otherwise unpacks the weights of all layers first, and outside the loop of a
     sampler: 2.5 times the memory of the whole model. It drops optimization barriers before it
     schedules, so the order is a dependency that it cannot see through: on NaN, which no integer
-    represents anyway.
+    represents anyway. Not on several devices, which would have to tell one another of it.
     """
-    if codes.dtype != jnp.uint8 or jax.default_backend() != 'cpu':
+    is_alone = jax.default_backend() == 'cpu' and jax.device_count() == 1
+    if codes.dtype != jnp.uint8 or not is_alone:
         return codes
     first = x[(0,) * x.ndim]
     return codes ^ (first != first).astype(jnp.uint8)

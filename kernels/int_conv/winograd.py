@@ -11,6 +11,7 @@ times a code, the doubled rows of G (2 0 0), (1 1 1), (1 -1 1), (0 0 2) make U u
 one. Both fit int8 for 4-bit codes, also with their zero point taken out, and not for 8-bit ones.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int8, Int32
@@ -65,7 +66,11 @@ def int_conv(
 
     def convolve(images):
         v = _transform_input(images, rows, columns).reshape(16, -1, C)
-        products = dot.int_matmul(v, u)
+        # Not `dot.int_matmul`: its rule on the order of x, which needs none here, would gather
+        # images that several devices share.
+        products = lax.dot_general(
+            v, dot.row_major(u), (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.int32
+        )
         products = products.reshape(4, 4, images.shape[0], rows, columns, num_outputs)
         return _transform_output(products)
 
@@ -91,7 +96,12 @@ def _by_groups(convolve, padded, size, shape):
 
 
 def _group_size(num_images: int, image_bytes: int) -> int:
-    """The most images, a divisor of all, whose terms stay below `GROUP_BYTES`; at least one."""
+    """The most images, a divisor of all, whose terms stay below `GROUP_BYTES`; at least one.
+
+    All of them on several devices: a loop over images that these share would gather them.
+    """
+    if jax.device_count() > 1:
+        return num_images
     divisors = (size for size in range(num_images, 0, -1) if num_images % size == 0)
     return next((size for size in divisors if size * image_bytes <= GROUP_BYTES), 1)
 

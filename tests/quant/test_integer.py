@@ -249,6 +249,18 @@ def test_narrow_weights_stay_packed_in_memory(bits):
     np.testing.assert_array_equal(integer.integer_weight(tensor)['codes'], tensor.packed)
 
 
+def test_weights_are_unpacked_after_their_input_with_the_same_result(monkeypatch):
+    spec = LayerSpec(weight=weight_spec(4, True), inputs=INPUTS)
+    weight, *_ = random_weight((2, 5), spec.weight)
+    rows = rows_for(INPUTS, 3, per_sample=False)
+    args = nn.Dense(5, use_bias=False), spec, [X], {'input': rows}
+    want = run_integer(*args, weight=weight)
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    codes = integer.integer_weight(weight)['codes']
+    np.testing.assert_array_equal(integer._after(X, codes), codes)
+    np.testing.assert_array_equal(run_integer(*args, weight=weight), want)
+
+
 @pytest.mark.parametrize('bits', [7, 8])
 def test_the_weights_of_integer_mode_stand_for_the_same_numbers(bits):
     spec = weight_spec(bits, False, 2)

@@ -208,10 +208,24 @@ def test_winograd_is_exact_at_both_ends_of_its_range(padding, signs):
 def test_winograd_takes_images_in_groups_with_the_same_result(monkeypatch):
     x, w, geometry = operands_for('winograd', SMALL['ragged']._replace(B=6))
     want = oracle(x, w, **geometry)
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
     for group_bytes in (1, 64 * 12 * w.shape[0] * 2, 10**9):  # one image, two, all
         monkeypatch.setattr(winograd, 'GROUP_BYTES', group_bytes)
         got = winograd.int_conv(x, w, pad_value=0, **geometry)
         np.testing.assert_array_equal(got, want)
+
+
+def test_winograd_on_several_devices_tells_them_nothing_of_one_another():
+    x, w, geometry = operands_for('winograd', SMALL['ragged']._replace(B=8))
+    mesh = jax.sharding.Mesh(jax.devices(), ('data',))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('data'))
+    run = jax.jit(
+        lambda x, w: winograd.int_conv(x, w, pad_value=0, **geometry), out_shardings=split
+    )
+    x = jax.device_put(x, split)
+    text = run.lower(x, w).compile().as_text()
+    assert 'all-gather' not in text and 'all-reduce' not in text
+    np.testing.assert_array_equal(run(x, w), oracle(np.asarray(x), w, **geometry))
 
 
 def test_winograd_refuses_what_would_not_fit_int8():
