@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from dmq_jax import denoisers
 from dmq_jax.config import SamplerConfig
 from dmq_jax.diffusion import samplers
-from dmq_jax.methods.base import apply_fake
+from dmq_jax.methods import low_rank
+from dmq_jax.methods.base import apply_fake, get_kernel, with_kernels
 from dmq_jax.quant.plan import Plan
 from dmq_jax.runtime.progress import progress
 
@@ -82,7 +82,7 @@ def run(
     rows = np.round(spread).astype(int)[np.arange(num_images) % num_sensitivity_timesteps]
     x, t = visited[rows, np.arange(num_images)], jnp.asarray(timesteps[rows])
     target = predict(x, t, _never, _never)
-    weight_errors = kernel_errors(plan, teacher.params, student.params['params'])
+    weight_errors = kernel_errors(plan, teacher.params, student.params)
     layers = {}
     for path in progress(plan, f'{description}: layers'):
         is_this = functools.partial(str.__eq__, path)
@@ -150,39 +150,71 @@ def predict_mixed(
       t: the timestep of each.
       y: the class of each; None if the network is unconditional.
     """
-    flat = dict(traverse_util.flatten_dict(teacher_params, sep='/'))
-    kernels = traverse_util.flatten_dict(student_params['params'], sep='/')
-    for path, is_on in kernel_gates.items():
-        if (name := f'{path}/kernel') in flat:
-            flat[name] = jnp.where(is_on, kernels[name], flat[name])
+    plan = dict(predict.plan)
+    channels, branches = student_params['channels'], student_params['branches']
+    kernels = {}
+    for path, spec in plan.items():
+        if spec.weight is not None:
+            # With the factors that stay on, the product is the teacher's.
+            own = get_kernel(teacher_params, path)
+            own = own / _factors(channels.get(path), own.ndim)
+            if path in branches:
+                own = own - low_rank.delta(branches[path])
+            kernels[path] = jnp.where(
+                kernel_gates[path], get_kernel(student_params['params'], path), own
+            )
     rows = {
         path: {
-            role: _gated_channels(row, kernel_gates[path])
+            role: row
+            if role == 'branch'
+            else _gated_channels(row, channels[path], kernel_gates[path])
             if role == 'channels'
             else {**row, 'gate': input_gates[path]}
             for role, row in roles.items()
         }
         for path, roles in denoisers.rows_at(student_params, t, predict.lookup).items()
     }
-    params = traverse_util.unflatten_dict(flat, sep='/')
-    return apply_fake(predict.network.apply, dict(predict.plan), params, rows, x, t, y)
+    params = with_kernels(teacher_params, kernels)
+    return apply_fake(predict.network.apply, plan, params, rows, x, t, y)
 
 
-def _gated_channels(factors: Mapping[str, Array], is_on: Array) -> dict[str, Array]:
-    """Factors of channels where the student's kernel, which they belong to, is on; else 1."""
+def _is_timeless(tables: Mapping[str, Array]) -> bool:
+    """Whether factors of channels are the same at all timesteps."""
+    return all(table.shape[0] == 1 for table in tables.values())
+
+
+def _factors(tables: Mapping[str, Array] | None, ndim: int) -> Array:
+    """What factors of channels multiply a kernel of `ndim` axes by; 1 where time changes it."""
+    one = jnp.ones((1, 1))
+    if tables is None or not _is_timeless(tables):
+        return one.reshape((1,) * ndim)
+    product = tables.get('input', one).reshape(-1, 1) * tables.get('output', one)
+    return product.reshape((1,) * (ndim - 2) + product.shape)
+
+
+def _gated_channels(
+    factors: Mapping[str, Array], tables: Mapping[str, Array], is_on: Array
+) -> Mapping[str, Array]:
+    """Factors of channels: where time changes them, those of the student's kernel alone, else 1."""
+    if _is_timeless(tables):
+        return factors
     return {end: jnp.where(is_on, factor, 1.0) for end, factor in factors.items()}
 
 
 def kernel_errors(plan: Plan, teacher_params: PyTree, student_params: PyTree) -> dict[str, float]:
-    """Normalised error of every quantized kernel, by path."""
-    before, after = (
-        traverse_util.flatten_dict(params, sep='/') for params in (teacher_params, student_params)
-    )
-    return {
-        path: mean_error(np.asarray(after[name])[None], np.asarray(before[name])[None])
-        for path, spec in plan.items()
-        if spec.weight is not None and (name := f'{path}/kernel')
-    }
+    """Normalised error of every quantized kernel, with all that is beside it, by path."""
+    channels, branches = student_params['channels'], student_params['branches']
+    errors = {}
+    for path, spec in plan.items():
+        if spec.weight is None:
+            continue
+        before = get_kernel(teacher_params, path)
+        after = get_kernel(student_params['params'], path)
+        if path in branches:
+            after = after + low_rank.delta(branches[path])
+        after = after * _factors(channels.get(path), after.ndim)
+        errors[path] = mean_error(np.asarray(after)[None], np.asarray(before)[None])
+    return errors
 
 
 def mean_error(value: Float[np.ndarray, 'B ...'], target: Float[np.ndarray, 'B ...']) -> float:

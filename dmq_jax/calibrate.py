@@ -45,6 +45,7 @@ def run(
     *,
     key: Key[Array, ''],
     device_mesh: mesh.Mesh,
+    channels: bool = False,
 ) -> Calibration:
     """Observes every input of `plan` while the teacher draws `num_images` images.
 
@@ -54,6 +55,7 @@ def run(
       config: number of images, batch, sampler, size of the samples kept.
       key: root key of the images.
       device_mesh: where batches are split.
+      channels: whether a method wants ranges of single channels (`Method.channel_stats`).
     """
     sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
     observe = jax.jit(
@@ -64,6 +66,7 @@ def run(
             config.values_per_tensor,
             config.sampler.guidance_scale,
             whole=functools.partial(mesh.whole, device_mesh),
+            channels=channels,
         )  # fmt: skip
     )
     batch_size = min(config.batch_size, config.num_images)
@@ -85,7 +88,7 @@ def run(
 def _merge(first: Stats, second: Stats) -> Stats:
     return {
         path: {
-            role: TensorStats(*map(np.asarray, observers.merge(tensor, second[path][role])))
+            role: jax.tree.map(np.asarray, observers.merge(tensor, second[path][role]))
             for role, tensor in roles.items()
         }
         for path, roles in first.items()
@@ -103,6 +106,7 @@ def observe_batch(
     labels: Int[Array, 'B'] | None,
     *,
     whole: Callable[[PyTree], PyTree] = lambda params: params,
+    channels: bool = False,
 ) -> Stats:
     """Statistics of one batch of trajectories, leading axis S; `whole` gathers split weights."""
     plan = dict(plan)
@@ -111,7 +115,7 @@ def observe_batch(
         found = {}
 
         def predict(params, x, t, y):
-            with observe_inputs(plan, num_values):
+            with observe_inputs(plan, num_values, channels=channels):
                 prediction, collections = teacher.network.apply(
                     {'params': whole(params)}, x, t, y, mutable=['stats']
                 )
@@ -133,7 +137,9 @@ def save(path: str | os.PathLike, calibration: Calibration) -> None:
     arrays = {'timesteps': calibration.timesteps}
     for layer, roles in calibration.stats.items():
         for role, stats in roles.items():
-            arrays |= {f'{layer}:{role}:{f}': v for f, v in stats._asdict().items()}
+            arrays |= {
+                f'{layer}:{role}:{f}': v for f, v in stats._asdict().items() if v is not None
+            }
     np.savez(path, **arrays)
 
 

@@ -230,6 +230,9 @@ class QuantConfig:
     percentile: float = 99.9  # per cent of the values covered by a 'percentile' observer
     per_timestep: bool = True  # one activation scale per timestep instead of one for all
     timestep_lookup: Literal['nearest', 'linear'] = 'nearest'  # row of a table for any t
+    # layers fed with a tensor and a skip beside it quantize the two parts of input and kernel
+    # separately (Q-Diffusion)
+    split_shortcuts: bool = False
     # 2..8: width of what attention multiplies the values by, unsigned with zero point 0 (the
     # papers' 8); None: as other activations
     softmax_bits: int | None = None
@@ -261,6 +264,24 @@ class RoundToNearestConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ChannelFactorsConfig:
+    """Factors of input channels, folded into the weights (`methods/channel_factors.py`)."""
+
+    # 'smallest': exponent of the factors, 1 is TCAQ-DM's; 'balanced': share of the input's range
+    # that moves into the weight, SmoothQuant's 0.5; 0: no factors
+    strength: float = 1.0
+    # bring every channel down to the smallest one's range, or share ranges with the weight
+    rule: Literal['smallest', 'balanced'] = 'smallest'
+    limit: float | None = None  # of a factor; None: TCAQ-DM's 3 where W4A8, else none
+
+    def __post_init__(self):
+        _check_choices(self)
+        _check(0 <= self.strength <= 1, f'strength={self.strength}: expected 0..1.')
+        if self.limit is not None:
+            _check_at_least(self, 1, 'limit')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EfficientDMConfig:
     """Low-rank fine-tuning with per-timestep scales (He et al., ICLR 2024, arXiv:2310.03270)."""
 
@@ -276,6 +297,8 @@ class EfficientDMConfig:
     affine_learning_rate: float = 2e-3
     base: Literal['float', 'dequantized'] = 'float'  # weights the low-rank update is added to
     scale_aware: bool = True  # update rate proportional to each layer's weight scale
+    # TCAQ-DM's factors of input channels, before the low-rank update; the paper has none
+    channels: ChannelFactorsConfig = ChannelFactorsConfig(strength=0.0)
     # 'output': compare predictions; 'feature': also what the modules `feature_layers` put out
     loss: Literal['output', 'feature'] = 'output'
     feature_layers: str = r'.*/(block|attention)_\d+'  # regular expression over module paths
@@ -287,6 +310,24 @@ class EfficientDMConfig:
         rates = 'lora_rate_per_scale', 'weight_scale_learning_rate', 'input_scale_learning_rate'
         rates += 'zero_point_learning_rate', 'affine_learning_rate'
         _check_at_least(self, 0, *rates, 'feature_weight')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LSQConfig:
+    """Training of all weights and steps (Esser et al., ICLR 2020, arXiv:1902.08153)."""
+
+    name: Literal['lsq'] = 'lsq'
+    rate_per_scale: float = 1 / 100  # Adam, of a weight, per unit of its layer's weight scale
+    weight_scale_learning_rate: float = 5e-3  # Adam, per unit of each weight scale
+    input_scale_learning_rate: float = 1e-2  # Adam, per unit of each activation scale
+    zero_point_learning_rate: float = 5e-2  # Adam, in integer steps
+    # Adam, of biases and of the scales of normalizations, which stay in float; 0: not trained
+    affine_learning_rate: float = 2e-3
+
+    def __post_init__(self):
+        _check_choices(self)
+        rates = 'rate_per_scale', 'weight_scale_learning_rate', 'input_scale_learning_rate'
+        _check_at_least(self, 0, *rates, 'zero_point_learning_rate', 'affine_learning_rate')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -321,6 +362,64 @@ class QDiffusionConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class PTQDConfig:
+    """Correction of the prediction while sampling (He et al., NeurIPS 2023, arXiv:2305.10657)."""
+
+    name: Literal['ptqd'] = 'ptqd'
+    learning: BlockLearningConfig = BlockLearningConfig()
+
+    def __post_init__(self):
+        _check_choices(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdaptiveSoftmaxConfig:
+    """Whether what attention multiplies the values by lies on an even grid or on powers of two."""
+
+    # 'likelihood': powers where a power law is the likelier, per group of timesteps (TCAQ-DM);
+    # 'error': where their error is the smaller; 'uniform', 'powers': always
+    choice: Literal['likelihood', 'error', 'uniform', 'powers'] = 'likelihood'
+    num_groups: int | None = None  # groups of timesteps that choose; None: each for itself
+    quantile: float = 0.1  # share of the values, the smallest, that the likelihoods leave out
+
+    def __post_init__(self):
+        _check_choices(self)
+        if self.num_groups is not None:
+            _check_at_least(self, 1, 'num_groups')
+        _check(0 <= self.quantile < 1, f'quantile={self.quantile}: expected 0..1 (below 1).')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TCAQDMConfig:
+    """Channel factors, adaptive softmax, aligned rounds (Huang et al., arXiv:2412.16700)."""
+
+    name: Literal['tcaq_dm'] = 'tcaq_dm'
+    channels: ChannelFactorsConfig = ChannelFactorsConfig()
+    softmax: AdaptiveSoftmaxConfig = AdaptiveSoftmaxConfig()
+    learning: BlockLearningConfig = BlockLearningConfig()
+
+    def __post_init__(self):
+        _check_choices(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SVDQuantConfig:
+    """A branch of low rank in 16 bits beside the integers (Li et al., arXiv:2411.05007)."""
+
+    name: Literal['svdquant'] = 'svdquant'
+    rank: int = 32  # of the branch
+    num_refits: int = 4  # at most, of the branch to what rounding left; the authors allow 100
+    channels: ChannelFactorsConfig = ChannelFactorsConfig(
+        strength=0.5, rule='balanced', limit=100.0
+    )
+
+    def __post_init__(self):
+        _check_choices(self)
+        _check_at_least(self, 1, 'rank')
+        _check_at_least(self, 0, 'num_refits')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TuneQDMConfig:
     """Scales alone are tuned, the integers stand (Ryu et al., ECCV 2024, arXiv:2401.04339)."""
 
@@ -343,7 +442,18 @@ class TuneQDMConfig:
 
 
 # chosen by the field `name`
-MethodConfig = RoundToNearestConfig | EfficientDMConfig | QDiffusionConfig | TuneQDMConfig
+MethodConfig = (
+    RoundToNearestConfig
+    | EfficientDMConfig
+    | LSQConfig
+    | PTQDConfig
+    | QDiffusionConfig
+    | SVDQuantConfig
+    | TCAQDMConfig
+    | TuneQDMConfig
+)
+# Those that learn nothing.
+_CALIBRATED_ONLY = (RoundToNearestConfig, SVDQuantConfig)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -445,9 +555,9 @@ class StudentConfig:
 
     def __post_init__(self):
         _check(
-            self.finetune.num_iterations == 0 or self.method.name != 'round_to_nearest',
+            self.finetune.num_iterations == 0 or not isinstance(self.method, _CALIBRATED_ONLY),
             f'finetune.num_iterations={self.finetune.num_iterations}: the method '
-            f"'round_to_nearest' learns nothing; set it to 0 or choose another method.",
+            f'{self.method.name!r} learns nothing; set it to 0 or choose another method.',
         )
 
 

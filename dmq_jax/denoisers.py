@@ -18,14 +18,14 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from dmq_jax import networks
 from dmq_jax.config import FLOAT_BITS, QuantConfig, SamplerConfig
-from dmq_jax.diffusion.samplers import Sampler, make_spaced_sampler
+from dmq_jax.diffusion.samplers import Sampler, absorb_noise, make_spaced_sampler
 from dmq_jax.diffusion.schedule import Schedule
 from dmq_jax.methods.base import Bound, apply_fake, by_path, with_leaves, with_weights
 from dmq_jax.networks import Network
 from dmq_jax.quant import plan as plan_lib
 from dmq_jax.quant.layers import integer, quantizable_layers
 from dmq_jax.quant.plan import LayerSpec, Plan, QuantizableLayer, Rule, full_rules, paper_rules
-from dmq_jax.quant.rows import at_timestep
+from dmq_jax.quant.rows import at_timestep, per_channel, per_image
 from dmq_jax.quant.tensor import QuantSpec
 from kernels import choices
 
@@ -208,6 +208,8 @@ class Capturing:
 def make_denoiser_sampler(denoiser: Denoiser, config: SamplerConfig) -> Sampler:
     """The sampler that `config` describes, on the schedule of `denoiser`.
 
+    Where a student's correction knows the noise in its prediction, the sampler adds less.
+
     Raises:
       ValueError: guidance of a denoiser without a null class, a learnt variance of one without;
         see also `diffusion.samplers.make_spaced_sampler`.
@@ -220,12 +222,18 @@ def make_denoiser_sampler(denoiser: Denoiser, config: SamplerConfig) -> Sampler:
             "sampler.variance='learned_range': this denoiser predicts no variance; expected "
             "'fixed_small' or 'fixed_large'."
         )
-    return make_spaced_sampler(
+    sampler = make_spaced_sampler(
         config.name, info.schedule, config.num_steps, prediction=info.prediction,
         spacing=config.spacing, steps_offset=config.steps_offset, sections=config.sections,
         eta=config.eta, variance=config.variance, clip_sample=config.clip_sample,
         final_alpha=config.final_alpha, final_order=config.final_order,
     )  # fmt: skip
+    if isinstance(denoiser.predict, QuantizedPredict) and 'correction' in denoiser.params:
+        t = jnp.asarray(sampler.timesteps)
+        params = denoiser.params
+        row = at_timestep(params['correction'], params['timesteps'], t)
+        sampler = absorb_noise(sampler, row['variance'])
+    return sampler
 
 
 def _check_null_class(denoiser: Denoiser, guidance_scale: float) -> None:
@@ -383,6 +391,8 @@ def make_plan(
     elif config.coverage == 'full':
         rules += full_rules(target)
     plan = plan_lib.make_plan(layers, rules)
+    if config.split_shortcuts:
+        plan = plan_lib.split_joined(plan, layers)
     if config.softmax_bits is not None:
         plan = {path: _with_softmax(path, spec, config.softmax_bits) for path, spec in plan.items()}
     return plan
@@ -390,7 +400,7 @@ def make_plan(
 
 def _with_softmax(path: str, spec: LayerSpec, bits: int) -> LayerSpec:
     """The spec of a product `mix`, softmax times values, with a width for the softmax."""
-    if path.rpartition('/')[2] != 'mix' or spec.inputs is None:
+    if not plan_lib.is_softmax(path, 'lhs') or spec.inputs is None:
         return spec
     # No value is negative, so the zero point of an unsigned grid is 0.
     softmax = dataclasses.replace(spec.inputs, bits=bits, symmetric=False)
@@ -427,6 +437,13 @@ class QuantizedPredict:
         `calls` receives what each layer calls in integer mode; see `quant.layers.integer`.
         """
         rows = rows_at(params, t, self.lookup)
+        prediction = self._predict(params, rows, x, t, y)
+        correction = params.get('correction')
+        if correction is None:
+            return prediction
+        return _corrected(prediction, at_timestep(correction, params['timesteps'], t))
+
+    def _predict(self, params: PyTree, rows: dict[str, Any], x: Array, t: Array, y: Array | None):
         plan = dict(self.plan)
         if self.mode == 'fake':
             weights = params.get('weights')
@@ -441,19 +458,36 @@ class QuantizedPredict:
             return self.network.apply(variables, x, t, y)
 
 
+def _corrected(prediction: Array, correction: dict[str, Array]) -> Array:
+    """A prediction after its correction; channels beyond it, a learnt variance, as they are."""
+    gain = per_image(correction['gain'], prediction.ndim)
+    bias = per_channel(correction['bias'], prediction.ndim)
+    channels = bias.shape[-1]
+    mean = (prediction[..., :channels] - bias) / (1 + gain)
+    return jnp.concatenate([mean.astype(prediction.dtype), prediction[..., channels:]], axis=-1)
+
+
 def rows_at(params: PyTree, t: Array, lookup: str) -> dict[str, dict[str, Any]]:
-    """What a student's layers are quantized with at `t`: rows by path and role, and `channels`.
+    """What a student's layers are quantized with at `t`: rows by path and role, and what is beside.
 
     Args:
       params: of a student.
       t: a scalar, or one per image.
       lookup: of the tables; see `at_timestep`. Factors of channels take the nearest row.
     """
-    rows = dict(at_timestep(params['tables'], params['timesteps'], t, lookup=lookup))
+    tables, timesteps = params['tables'], params['timesteps']
+    rows = dict(at_timestep(tables, timesteps, t, lookup=lookup))
+    for path, roles in tables.items():
+        for role, table in roles.items():
+            # Between two kinds of grid there is none.
+            if 'powers' in table and lookup != 'nearest':
+                rows[path] = {**rows[path], role: at_timestep(table, timesteps, t)}
     if params.get('channels'):
         channels = at_timestep(params['channels'], params['channel_timesteps'], t)
         for path, factors in channels.items():
             rows[path] = {**rows.get(path, {}), 'channels': factors}
+    for path, branch in params.get('branches', {}).items():
+        rows[path] = {**rows.get(path, {}), 'branch': branch}
     return rows
 
 
@@ -485,9 +519,12 @@ def training_params(params: PyTree, bound: Bound, timesteps: Int[Array, 'S']) ->
 def time_tables(bound: Bound, timesteps: Int[Array, 'S']) -> dict[str, Any]:
     """What `rows_at` looks up."""
     of_channels = bound.channel_timesteps
+    correction = {} if bound.correction is None else {'correction': bound.correction._asdict()}
     return {
         'tables': bound.tables,
         'timesteps': jnp.asarray(timesteps, jnp.int32),
         'channels': dict(bound.channels),
         'channel_timesteps': jnp.zeros(1) if of_channels is None else jnp.asarray(of_channels),
+        'branches': dict(bound.branches),
+        **correction,
     }

@@ -21,9 +21,9 @@ from jaxtyping import Float, Int
 
 from dmq_jax import denoisers
 from dmq_jax.files.safetensors import open_safetensors
-from dmq_jax.methods.base import Bound, Tables, with_leaves
+from dmq_jax.methods.base import Bound, Correction, Tables, with_kernels, with_leaves
 from dmq_jax.quant.integer import integer_weight
-from dmq_jax.quant.plan import LayerSpec
+from dmq_jax.quant.plan import LayerSpec, layer_at
 from dmq_jax.quant.tensor import QuantizedTensor, QuantSpec, dequantize, pack
 from dmq_jax.runtime import checkpoint, log
 from kernels import choices
@@ -47,6 +47,8 @@ class Exported(NamedTuple):
       decoder: of its latents, in float; None for a network that draws images.
       channels: factors of single channels by path; see `methods.base.Bound`.
       channel_timesteps: of the rows of `channels`.
+      branches: products in float beside those of integers; see `methods.base.Bound`.
+      correction: of the prediction; None: none.
     """
 
     network: Any
@@ -60,6 +62,8 @@ class Exported(NamedTuple):
     decoder: denoisers.Decoder | None = None
     channels: Mapping[str, Mapping[str, np.ndarray]] = {}
     channel_timesteps: Float[np.ndarray, 'E'] | None = None
+    branches: Mapping[str, Mapping[str, np.ndarray]] = {}
+    correction: Correction | None = None
 
 
 def make(
@@ -77,14 +81,15 @@ def make(
     }
     params = with_leaves(jax.device_get(teacher.params), bound.params)
     flat = traverse_util.flatten_dict(params, sep='/')
-    kept = {
-        name: leaf for name, leaf in flat.items() if name.removesuffix('/kernel') not in weights
-    }
+    packed = {f'{layer_at(path)}/kernel' for path in weights}
+    kept = {name: leaf for name, leaf in flat.items() if name not in packed}
     tables = {
         path: {
             role: {
-                'scale': np.asarray(table['scale'], np.float32),
-                'zero_point': np.round(table['zero_point']).astype(np.int32),
+                name: np.round(entry).astype(np.int32)
+                if name == 'zero_point'
+                else np.asarray(entry, np.float32)
+                for name, entry in table.items()
             }
             for role, table in roles.items()
         }
@@ -102,6 +107,8 @@ def make(
         decoder=teacher.decoder,
         channels=jax.tree.map(lambda a: np.asarray(a, np.float32), dict(bound.channels)),
         channel_timesteps=bound.channel_timesteps,
+        branches=jax.tree.map(lambda a: np.asarray(a, np.float16), dict(bound.branches)),
+        correction=jax.tree.map(lambda a: np.asarray(a, np.float32), bound.correction),
     )
 
 
@@ -124,7 +131,10 @@ def denoiser(exported: Exported, mode: str = 'integer') -> denoisers.Denoiser:
         'timesteps': jnp.asarray(exported.timesteps),
         'channels': jax.tree.map(jnp.asarray, dict(exported.channels)),
         'channel_timesteps': jnp.zeros(1) if of_channels is None else jnp.asarray(of_channels),
+        'branches': jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), dict(exported.branches)),
     }
+    if exported.correction is not None:
+        params['correction'] = jax.tree.map(jnp.asarray, exported.correction._asdict())
     if mode == 'integer':
         params['params'] = jax.tree.map(jnp.asarray, exported.params)
         params['weights'] = {
@@ -132,9 +142,8 @@ def denoiser(exported: Exported, mode: str = 'integer') -> denoisers.Denoiser:
             for path, weight in exported.weights.items()
         }
     else:
-        flat = dict(traverse_util.flatten_dict(exported.params, sep='/'))
-        flat |= {f'{path}/kernel': dequantize(w) for path, w in exported.weights.items()}
-        params['params'] = jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(flat, sep='/'))
+        kernels = {path: dequantize(w) for path, w in exported.weights.items()}
+        params['params'] = jax.tree.map(jnp.asarray, with_kernels(exported.params, kernels))
     predict = denoisers.QuantizedPredict(
         exported.network, tuple(exported.plan.items()), exported.lookup, mode
     )
@@ -195,16 +204,21 @@ def _tensors(exported: Exported) -> dict[str, np.ndarray]:
             tensors[f'weights/{path}/zero_point'] = np.asarray(weight.zero_point).astype(np.uint8)
     for path, roles in exported.tables.items():
         for role, table in roles.items():
-            tensors[f'tables/{path}/{role}/scale'] = np.asarray(table['scale'])
-            # Codes of up to 8 bits: a byte holds every zero point.
-            tensors[f'tables/{path}/{role}/zero_point'] = np.asarray(table['zero_point']).astype(
-                np.uint8
-            )
+            for name, entry in table.items():
+                # Codes of up to 8 bits: a byte holds every zero point.
+                kept = np.uint8 if name == 'zero_point' else np.float32
+                tensors[f'tables/{path}/{role}/{name}'] = np.asarray(entry).astype(kept)
     if exported.channel_timesteps is not None:
         tensors['channel_timesteps'] = np.asarray(exported.channel_timesteps, np.float32)
     for path, factors in exported.channels.items():
         for end, factor in factors.items():
             tensors[f'channels/{path}/{end}'] = np.asarray(factor)
+    for path, branch in exported.branches.items():
+        for name, half in branch.items():
+            tensors[f'branches/{path}/{name}'] = np.asarray(half)
+    if exported.correction is not None:
+        for name, table in exported.correction._asdict().items():
+            tensors[f'correction/{name}'] = np.asarray(table)
     for name, leaf in traverse_util.flatten_dict(exported.params, sep='/').items():
         tensors[f'params/{name}'] = np.asarray(leaf, np.float32)
     return tensors
@@ -292,7 +306,8 @@ def load(path: str | os.PathLike) -> Exported:
                 f'no such tensor); the export is damaged, make it again.'
             )
     plan = {p: _layer_spec(spec) for p, spec in manifest['plan'].items()}
-    weights, tables, params, channels = {}, {}, {}, {}
+    weights, tables, params = {}, {}, {}
+    beside: dict[str, dict[str, dict[str, np.ndarray]]] = {'channels': {}, 'branches': {}}
     for name, tensor in tensors.items():
         kind, _, rest = name.partition('/')
         if kind == 'params':
@@ -300,15 +315,18 @@ def load(path: str | os.PathLike) -> Exported:
         elif kind == 'tables':
             layer, role, field = rest.rsplit('/', 2)
             tables.setdefault(layer, {}).setdefault(role, {})[field] = tensor
-        elif kind == 'channels':
-            layer, end = rest.rsplit('/', 1)
-            channels.setdefault(layer, {})[end] = tensor
+        elif kind in beside:
+            layer, field = rest.rsplit('/', 1)
+            beside[kind].setdefault(layer, {})[field] = tensor
     for layer, shape in manifest['shapes'].items():
         packed, scale = (tensors[f'weights/{layer}/{f}'] for f in ('packed', 'scale'))
         zero_point = tensors.get(f'weights/{layer}/zero_point', np.zeros(scale.shape, np.uint8))
         weights[layer] = QuantizedTensor(
             packed, scale, zero_point.astype(np.int32), plan[layer].weight, tuple(shape)
         )
+    correction = None
+    if 'correction/gain' in tensors:
+        correction = Correction(**{n: tensors[f'correction/{n}'] for n in Correction._fields})
     return Exported(
         network=denoisers.make_network(manifest['network']),
         info=denoisers.make_info(manifest['info']),
@@ -319,8 +337,9 @@ def load(path: str | os.PathLike) -> Exported:
         tables=tables,
         params=traverse_util.unflatten_dict(params, sep='/'),
         decoder=_load_decoder(path / _DECODER),
-        channels=channels,
         channel_timesteps=tensors.get('channel_timesteps'),
+        correction=correction,
+        **beside,
     )
 
 

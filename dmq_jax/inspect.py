@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from dmq_jax import denoisers, exporting, networks, teachers
 from dmq_jax.config import QuantConfig
-from dmq_jax.quant.plan import Plan, QuantizableLayer
+from dmq_jax.quant.plan import Plan, QuantizableLayer, split_layers
 from dmq_jax.reporting import tables
 
 _WIDTHS = (8, 4, 2)
@@ -153,7 +153,8 @@ def _bytes(variable: Any) -> int:
 
 
 def _quantized_share(layers: dict[str, QuantizableLayer], plan: Plan, count: int) -> float:
-    shapes = (layers[path].weight_shape for path, spec in plan.items() if spec.weight is not None)
+    known = split_layers(layers, plan)
+    shapes = (known[path].weight_shape for path, spec in plan.items() if spec.weight is not None)
     return sum(math.prod(shape) for shape in shapes if shape is not None) / count
 
 

@@ -37,7 +37,7 @@ from dmq_jax.methods.base import (
     with_weights,
 )
 from dmq_jax.quant.layers import recorded_calls
-from dmq_jax.quant.plan import LayerSpec, Plan
+from dmq_jax.quant.plan import LayerSpec, Plan, layer_at
 from dmq_jax.runtime import log
 from dmq_jax.runtime.checkpoint import Checkpoints
 from dmq_jax.runtime.progress import progress
@@ -145,12 +145,13 @@ def find_blocks(teacher: denoisers.Denoiser, plan: Plan, pattern: str) -> list[B
 
     paths: list[str] = []
     jax.eval_shape(trace, teacher.params, *denoisers.example_inputs(teacher.info, batch_size=1))
+    layers = set(map(layer_at, plan))
     owners: dict[str, list[str]] = {}
     for path in paths:
         parts = path.split('/')
         above = ('/'.join(parts[:i]) for i in range(1, len(parts) + 1))
         owner = next((p for p in above if re.fullmatch(pattern, p)), None)
-        if owner is not None or path in plan:
+        if owner is not None or path in layers:
             owners.setdefault(owner or path, [])
     if not any(re.fullmatch(pattern, path) for path in owners):
         raise ValueError(f'reconstruct.blocks={pattern!r} matches no module of the network.')

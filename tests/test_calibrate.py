@@ -23,6 +23,9 @@ def assert_close_stats(found, expected):
         for role, stats in roles.items():
             size = np.abs(stats.values).max()
             for field, value in stats._asdict().items():
+                if value is None:
+                    assert getattr(found[path][role], field) is None
+                    continue
                 error = np.abs(getattr(found[path][role], field) - value).max() / size
                 assert error < TOLERANCE, f'{path} {role} {field}: {error:.1e}'
 
@@ -119,3 +122,21 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused_by_name():
             tiny.teacher(), tiny.observed(), config,
             key=jax.random.key(1), device_mesh=mesh.make_mesh(8),
         )  # fmt: skip
+
+
+def test_ranges_of_channels_are_collected_where_asked_for_and_come_back(tmp_path):
+    part = 'up_0/block_0/conv1/inputs_0_8'
+    plan = {path: tiny.observed()['conv_in'] for path in ('up_0/block_0/conv1', part)}
+    found = calibrate.run(
+        tiny.teacher(), plan, tiny.CALIBRATE, key=jax.random.key(1),
+        device_mesh=mesh.make_mesh(1), channels=True,
+    )  # fmt: skip
+    calibrate.save(tmp_path / 'stats.npz', found)
+    loaded = calibrate.load(tmp_path / 'stats.npz').stats
+    jax.tree.map(np.testing.assert_array_equal, loaded, found.stats)
+    whole, half = (loaded[path]['input'] for path in plan)
+    lead = (tiny.SAMPLER.num_steps,)
+    assert whole.channel_low.shape == (*lead, 16) and half.channel_low.shape == (*lead, 8)
+    np.testing.assert_array_equal(whole.channel_high.max(axis=1), whole.high)
+    np.testing.assert_array_equal(whole.channel_high[:, :8], half.channel_high)
+    assert whole.channels.shape == whole.values.shape

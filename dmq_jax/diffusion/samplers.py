@@ -356,6 +356,25 @@ def prediction_gain(sampler: Sampler) -> Float[Array, 'S']:
     return gain * weights['combine'][:, 0] if 'combine' in weights else gain
 
 
+def absorb_noise(sampler: Sampler, variance: Float[Array, 'S']) -> Sampler:
+    """`sampler` for predictions that hold noise, which takes the place of its own.
+
+    PTQD (arXiv:2305.10657): at each position the variance that a step adds is less by what the
+    noise in the prediction brings, and not below 0. A sampler that adds none stays as it is, and so
+    does a learnt variance.
+
+    Args:
+      sampler: any.
+      variance: of the noise in the prediction at each position.
+    """
+    if not sampler.is_stochastic or sampler.learns_variance:
+        return sampler
+    noise = jnp.asarray(sampler.weights['noise'])
+    brought = prediction_gain(sampler) ** 2 * variance
+    kept = jnp.sqrt(jnp.maximum(noise**2 - brought, 0.0))
+    return dataclasses.replace(sampler, weights={**sampler.weights, 'noise': kept})
+
+
 def _check_options(name, eta, variance, final_order, scale_initial_noise, sigmas):
     if name not in NAMES:
         raise ValueError(f'name={name!r}: expected one of {", ".join(NAMES)}.')

@@ -27,6 +27,7 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Key, PyTree
 
 from dmq_jax.quant import numerics, observers
+from dmq_jax.quant import plan as plan_lib
 from dmq_jax.quant.layers import fake_quantized
 from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import LayerSpec, Plan
@@ -51,12 +52,29 @@ class WeightCodes(NamedTuple):
     zero_point: Float[Array, '...']
 
 
+class Correction(NamedTuple):
+    """What undoes the effect of rounding on a prediction, at each timestep of the tables.
+
+    The prediction is taken for `(prediction - bias) / (1 + gain)`, and what is left of the error
+    for noise.
+
+    Attributes:
+      gain: above -1.
+      bias: of each channel.
+      variance: of the noise that is left in the corrected prediction.
+    """
+
+    gain: Float[Array, 'S']
+    bias: Float[Array, 'S C']
+    variance: Float[Array, 'S']
+
+
 class Bound(NamedTuple):
     """A quantized network: codes, and tables of scales over the timesteps.
 
     Attributes:
       weights: by path of the layer.
-      tables: {path: {role: {'scale': [S] or [1], 'zero_point': the same}}}.
+      tables: {path: {role: {'scale': [S] or [1], 'zero_point': the same}}}; see `quant.rows.Rows`.
       params: new values of parameters that stay in float, by 'path/name'; the others are the
         teacher's.
       channels: by path, factors of single channels: {'input': [E, K], 'output': [E, N]} or one of
@@ -64,6 +82,9 @@ class Bound(NamedTuple):
         so a kernel is seen as `input * (codes - zero_point) * scale * output`.
       channel_timesteps: of the rows of `channels`: a row serves the timesteps nearest to its own,
         of two equally near the first; None where every table of `channels` has one row.
+      branches: by path, {'down': [..., K, R], 'up': [R, N]}, of values that float16 holds: a
+        product in float beside that of the integers, of the same input before it is rounded.
+      correction: of the network's prediction; None: none.
     """
 
     weights: dict[str, WeightCodes]
@@ -71,6 +92,8 @@ class Bound(NamedTuple):
     params: Mapping[str, Array] = {}
     channels: Mapping[str, Mapping[str, Array]] = {}
     channel_timesteps: Float[Array, 'E'] | None = None
+    branches: Mapping[str, Mapping[str, Array]] = {}
+    correction: Correction | None = None
 
 
 class Prediction(NamedTuple):
@@ -119,6 +142,9 @@ class Method(NamedTuple):
       optimizer: makes the optax transformation.
       features: regular expression over module paths whose outputs `loss` wants to see; None: none.
       phases: of block reconstruction, in order; (): the method has none.
+      channel_stats: whether `init` wants statistics with the ranges of single channels.
+      correct: `(student's predictions, teacher's) -> Correction`, both [S, N, H, W, C]: fits a
+        correction to the network that was bound last; None: the method has none.
     """
 
     init: Callable[[PyTree, Stats, Key[Array, '']], State]
@@ -127,6 +153,8 @@ class Method(NamedTuple):
     optimizer: Callable[[State, optax.Schedule], optax.GradientTransformation]
     features: str | None = None
     phases: tuple[Phase, ...] = ()
+    channel_stats: bool = False
+    correct: Callable[[Array, Array], Correction] | None = None
 
 
 def output_loss(student: Prediction, teacher: Prediction) -> Float[Array, '']:
@@ -184,8 +212,11 @@ def get_leaf(params: PyTree, name: str) -> Array:
 
 
 def get_kernel(params: PyTree, path: str) -> Float[Array, '...']:
-    """The kernel of the layer at `path`."""
-    return get_leaf(params, f'{path}/kernel')
+    """The kernel of the layer at `path`, or of the part of a layer that it names."""
+    part = plan_lib.part_at(path)
+    if part is None:
+        return get_leaf(params, f'{path}/kernel')
+    return get_leaf(params, f'{part.layer}/kernel')[..., part.begin : part.end, :]
 
 
 def init_inputs(plan: Plan, stats: Stats) -> Tables:
@@ -241,8 +272,17 @@ def dequantize_weight(weight: WeightCodes) -> Float[Array, '...']:
 
 def with_weights(params: PyTree, weights: Mapping[str, WeightCodes]) -> PyTree:
     """`params` with the kernels of `weights` replaced by what their codes stand for."""
-    kernels = {f'{path}/kernel': dequantize_weight(weight) for path, weight in weights.items()}
-    return with_leaves(params, kernels)
+    return with_kernels(params, {path: dequantize_weight(w) for path, w in weights.items()})
+
+
+def with_kernels(params: PyTree, kernels: Mapping[str, Array]) -> PyTree:
+    """`params` with these kernels, by path; of a layer in parts, all parts must be there."""
+    parts = plan_lib.parts_by_layer(kernels)
+    leaves = {f'{path}/kernel': k for path, k in kernels.items() if not plan_lib.part_at(path)}
+    for layer, found in parts.items():
+        pieces = [jnp.asarray(kernels[part.path]) for part in found]
+        leaves[f'{layer}/kernel'] = jnp.concatenate(pieces, axis=-2)
+    return with_leaves(params, leaves)
 
 
 def with_leaves(params: PyTree, leaves: Mapping[str, Array]) -> PyTree:

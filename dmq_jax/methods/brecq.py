@@ -160,7 +160,8 @@ def bind(
 
 
 def _scaled(table, factor):
-    return {**table, 'scale': table['scale'] * jnp.maximum(factor, _SMALLEST_SHARE)}
+    factor = jnp.maximum(factor, _SMALLEST_SHARE)
+    return {n: entry if n == 'zero_point' else entry * factor for n, entry in table.items()}
 
 
 def phases(

@@ -179,7 +179,7 @@ def down_and_up(
       context: what attention may look at besides the pixels.
       channels: width of each level, finest first.
       num_blocks: blocks of a level on the way down; one more on the way up.
-      block: makes a residual block from its `width`, and maybe `resample`.
+      block: makes a residual block from its `width`, and maybe `resample` or `joined`.
       attention: makes what follows every block of a level; None: nothing does.
       mid_attention: makes the attention in the middle.
       resblock_updown: change resolution within residual blocks instead of by a convolution.
@@ -299,8 +299,9 @@ class UpLevel(nn.Module):
     ) -> Array:
         """`x` refined with `skips`, used from the last to the first."""
         for j in range(self.num_blocks):
+            joined = x.shape[-1]
             x = jnp.concatenate([x, skips[-1 - j]], axis=-1)
-            x = self.block(width=self.width, name=f'block_{j}')(x, embedding)
+            x = self.block(width=self.width, joined=joined, name=f'block_{j}')(x, embedding)
             if self.attention is not None:
                 x = self.attention(name=f'attention_{j}')(x, context)
         if not self.upsample:

@@ -248,6 +248,8 @@ class ResBlock(nn.Module):
 
     Attributes:
       resample: applied to the input, and to the residual branch before its first convolution.
+      joined: channels of the first of the two tensors that the input is joined of, where the second
+        is a skip; None: it is one tensor.
     """
 
     width: int
@@ -256,6 +258,12 @@ class ResBlock(nn.Module):
     scale_shift: bool
     dtype: jnp.dtype
     resample: Callable[[Array], Array] | None = None
+    joined: int | None = None
+
+    @property
+    def joined_inputs(self) -> dict[str, int]:
+        """Layers whose input is joined as that of the block is: {name: channels of the first}."""
+        return {} if self.joined is None else dict.fromkeys(('conv1', 'conv_shortcut'), self.joined)
 
     @nn.compact
     def __call__(
@@ -395,10 +403,11 @@ class UpLevel(nn.Module):
     def __call__(self, x: Array, skips: list[Array], embedding: Array) -> Array:
         """`x` refined with `skips`, used from the last to the first."""
         for j in range(self.num_blocks):
+            joined = x.shape[-1]
             x = jnp.concatenate([x, skips[-1 - j]], axis=-1)
             x = ResBlock(
                 self.width, self.num_groups, self.epsilon, self.scale_shift, self.dtype,
-                name=f'block_{j}',
+                joined=joined, name=f'block_{j}',
             )(x, embedding)  # fmt: skip
             if self.attention:
                 x = Attention(

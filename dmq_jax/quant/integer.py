@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dmq_jax.quant import numerics, products
-from dmq_jax.quant.plan import LayerSpec
+from dmq_jax.quant.plan import LayerSpec, Part
 from dmq_jax.quant.rows import Rows, fake_quantize_input, per_image, scale_channels
 from dmq_jax.quant.tensor import QuantizedTensor, QuantSpec, expand, unpack_rows
 from kernels import packing
@@ -60,6 +60,8 @@ def integer_product(
     rhs_spec: QuantSpec,
 ) -> Float[Array, 'B *batch M N']:
     """A product of two activations on integers, zero points taken out of the sum exactly."""
+    if 'powers' in lhs_rows:
+        return _product_of_powers(lhs, rhs, lhs_rows, rhs_rows, lhs_spec, rhs_spec)
     a, a_zero = carry_codes(lhs, lhs_rows, lhs_spec)
     b, b_zero = carry_codes(rhs, rhs_rows, rhs_spec)
     bounds = {'x_max': _largest(lhs_spec), 'w_max': _largest(rhs_spec)}
@@ -77,6 +79,36 @@ def integer_product(
     return (total.astype(jnp.float32) * per_image(scale, total.ndim)).astype(lhs.dtype)
 
 
+def _product_of_powers(lhs, rhs, lhs_rows, rhs_rows, lhs_spec, rhs_spec):
+    """`integer_product` whose `lhs` is on a uniform or a logarithmic grid, as its rows say.
+
+    Neither grid has a zero point. A value is an integer w times a scale: w is the code, or
+    2^(largest - q). Its digits to the base 128 are int8, so a few int8 products give the sum
+    exactly, whichever grid is in use at a timestep.
+    """
+    largest = numerics.largest_exponent(lhs_spec.bits)
+    scale, powers = (per_image(lhs_rows[name], lhs.ndim) for name in ('scale', 'powers'))
+    x = lhs.astype(jnp.float32)
+    codes = numerics.quantize(x, scale, jnp.zeros_like(scale), *lhs_spec.grid).astype(jnp.int32)
+    exponents = numerics.exponents(x, jnp.where(powers > 0, powers, 1.0), largest)
+    shifted = jnp.left_shift(1, largest - exponents.astype(jnp.int32))
+    w = jnp.where(powers > 0, shifted, codes)
+    b, b_zero = carry_codes(rhs, rhs_rows, rhs_spec)
+    total = 0.0
+    for digit in range(-(-max(largest + 1, lhs_spec.bits) // 7)):
+        a = (jnp.right_shift(w, 7 * digit) & 127).astype(jnp.int8)
+        acc = int_matmul(a, b, x_max=127, w_max=_largest(rhs_spec))
+        if b_zero is not None:
+            a_sum = jnp.sum(a.astype(jnp.int32), axis=-1)[..., :, None]
+            acc = acc - per_image(b_zero, acc.ndim) * a_sum
+        total = total + acc.astype(jnp.float32) * 2.0 ** (7 * digit)
+    unit = per_image(
+        jnp.where(lhs_rows['powers'] > 0, lhs_rows['powers'] * 2.0**-largest, lhs_rows['scale']),
+        total.ndim,
+    )
+    return (total * unit * per_image(rhs_rows['scale'], total.ndim)).astype(lhs.dtype)
+
+
 def integer_layer(
     module: nn.Dense | nn.Conv,
     x: Float[Array, 'B ...'],
@@ -84,29 +116,29 @@ def integer_layer(
     weight: Mapping[str, Array] | None,
     spec: LayerSpec,
     channels: Rows | None = None,
+    *,
+    part: Part | None = None,
 ) -> Float[Array, 'B ...']:
     """A `Dense` or `Conv` on integer codes, with its bias.
 
-    `channels` are factors of the channels of input and product; see `rows.scale_channels`.
+    `channels` are factors of the channels of input and product; see `rows.scale_channels`. Of a
+    `part`, `x` is what it sees; the bias comes with the first.
 
     Raises:
       NotImplementedError: grouped or dilated convolutions, or string paddings other than SAME and
         VALID.
     """
-    bias = module.get_variable('params', 'bias') if module.use_bias else None
+    bias = _bias(module, part)
     dtype = jnp.dtype(module.dtype or x.dtype)
     x = scale_channels(x, channels, 'input')
-    is_scaled = channels is not None and 'output' in channels
+    is_scaled = channels is not None and not channels.keys().isdisjoint(('output', 'offset'))
     if weight is None or rows is None:
-        y = _half_quantized(module, x, rows, weight, spec)
+        y = _half_quantized(module, x, rows, weight, spec, part)
     elif _fits_epilogue(weight, spec) and not is_scaled:
         return _fused(module, x, rows, weight, spec, bias, dtype)
     else:
         y = _accumulate(module, x, rows, weight, spec)
-    y = scale_channels(y, channels, 'output')
-    if bias is not None:
-        y = y + _as_last(bias.astype(jnp.float32), y.ndim)
-    return y.astype(dtype)
+    return _with_bias(module, scale_channels(y, channels, 'output'), part).astype(dtype)
 
 
 def straight_through_layer(
@@ -116,11 +148,13 @@ def straight_through_layer(
     weight: Mapping[str, Array],
     spec: LayerSpec,
     channels: Rows | None = None,
+    *,
+    part: Part | None = None,
 ) -> Float[Array, 'B ...']:
     """A `Dense` or `Conv` of integer codes, with the gradients of the float layer.
 
     Its value is that of integer mode where that is faster than float (`products`), its gradients
-    those of the product of the real values that the codes stand for. `channels` as in
+    those of the product of the real values that the codes stand for. `channels` and `part` as in
     `integer_layer`.
 
     Raises:
@@ -150,20 +184,19 @@ def straight_through_layer(
 
     scaled = scale_channels(x.astype(jnp.float32), channels, 'input')
     y = scale_channels(multiply(scaled, rows, dict(weight)), channels, 'output')
-    if module.use_bias:
-        bias = module.get_variable('params', 'bias')
-        y = y + _as_last(bias.astype(jnp.float32), y.ndim)
-    return y.astype(module.dtype or x.dtype)
+    return _with_bias(module, y, part).astype(module.dtype or x.dtype)
 
 
 def scaled_layer(
     module: nn.Dense | nn.Conv,
     x: Float[Array, 'B ...'],
     rows: Rows | None,
-    channels: Rows,
+    channels: Rows | None,
     spec: LayerSpec,
+    *,
+    part: Part | None = None,
 ) -> Float[Array, 'B ...']:
-    """A `Dense` or `Conv` whose kernel is rounded already, with factors of its channels.
+    """A `Dense` or `Conv` whose kernel is rounded already; `channels`, `part`: `integer_layer`.
 
     Raises:
       NotImplementedError: see `integer_layer`.
@@ -172,12 +205,47 @@ def scaled_layer(
     scaled = scale_channels(x.astype(jnp.float32), channels, 'input')
     if rows is not None:
         scaled = fake_quantize_input(scaled, rows, spec.inputs)
-    kernel = module.get_variable('params', 'kernel').astype(jnp.float32)
+    kernel = _kernel(module, part).astype(jnp.float32)
     y = scale_channels(products.product(scaled, kernel, geometry), channels, 'output')
-    if module.use_bias:
-        bias = module.get_variable('params', 'bias')
-        y = y + _as_last(bias.astype(jnp.float32), y.ndim)
+    return _with_bias(module, y, part).astype(module.dtype or x.dtype)
+
+
+def float_branch(
+    module: nn.Dense | nn.Conv,
+    x: Float[Array, 'B ...'],
+    channels: Rows | None,
+    branch: Mapping[str, Array],
+) -> Float[Array, 'B ...']:
+    """The product of low rank that a layer adds to that of its integers.
+
+    Args:
+      module: says strides and padding.
+      x: input of the layer, or of the part of it that the branch belongs to.
+      channels: of the layer.
+      branch: 'down' [..., K, R] and 'up' [R, N].
+    """
+    geometry = None if isinstance(module, nn.Dense) else conv_geometry(module, x.shape)
+    scaled = scale_channels(x.astype(jnp.float32), channels, 'input')
+    y = products.product(scaled, branch['down'], geometry) @ branch['up']
     return y.astype(module.dtype or x.dtype)
+
+
+def _kernel(module: nn.Dense | nn.Conv, part: Part | None) -> Array:
+    """The kernel of a layer, or of a part of it, from the network's parameters."""
+    kernel = module.get_variable('params', 'kernel')
+    return kernel if part is None else kernel[..., part.begin : part.end, :]
+
+
+def _with_bias(module: nn.Dense | nn.Conv, y: Array, part: Part | None) -> Array:
+    bias = _bias(module, part)
+    return y if bias is None else y + _as_last(bias.astype(jnp.float32), y.ndim)
+
+
+def _bias(module: nn.Dense | nn.Conv, part: Part | None) -> Array | None:
+    """The bias of a whole layer, or of the first of its parts; None: it has none."""
+    if not module.use_bias or (part is not None and part.begin > 0):
+        return None
+    return module.get_variable('params', 'bias')
 
 
 def integer_weight(tensor: QuantizedTensor, inputs: QuantSpec | None = None) -> dict[str, Array]:
@@ -314,12 +382,12 @@ def _keeps_zero_point(spec: QuantSpec) -> bool:
     return spec.bits == 8 and not spec.symmetric
 
 
-def _half_quantized(module, x, rows, weight, spec):
+def _half_quantized(module, x, rows, weight, spec, part):
     """A layer with float activations or float weights: the product of what they stand for."""
     if rows is not None:
         x = fake_quantize_input(x, rows, spec.inputs)
     if weight is None:
-        kernel = module.get_variable('params', 'kernel')
+        kernel = _kernel(module, part)
     else:
         codes = _int8_codes(weight, spec.weight, x.shape[-1], _kernel_size(module))
         codes = jnp.moveaxis(codes, 0, -1).astype(jnp.float32)

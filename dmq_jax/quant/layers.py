@@ -13,6 +13,7 @@ called.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -24,12 +25,20 @@ from jaxtyping import Array, Float, PyTree
 
 from dmq_jax.quant import observers
 from dmq_jax.quant.integer import (
+    float_branch,
     integer_layer,
     integer_product,
     scaled_layer,
     straight_through_layer,
 )
-from dmq_jax.quant.plan import INPUT_ROLES, Plan, QuantizableLayer
+from dmq_jax.quant.plan import (
+    INPUT_ROLES,
+    LayerSpec,
+    Part,
+    Plan,
+    QuantizableLayer,
+    parts_by_layer,
+)
 from dmq_jax.quant.rows import at_timestep, fake_quantize_input
 from dmq_jax.quant.tensor import QuantSpec
 from kernels import choices
@@ -40,6 +49,8 @@ _PRODUCTS = {'Product': 'product', 'Tap': 'tap'}
 
 # A module that computes several products in one piece unless asked to run them as modules.
 _FUSED, _UNFUSED = 'Attend', 'by_products'
+# What a module may say of its layers: {name: channels of the first tensor of a joined input}.
+_JOINED = 'joined_inputs'
 
 
 def _is_fused(module: nn.Module) -> bool:
@@ -124,7 +135,8 @@ def quantizable_layers(
                 )
             kernel = kernels.get(f'{path}/kernel')
             shape = None if kernel is None else tuple(kernel.shape)
-            found[path] = QuantizableLayer(kind=kind, weight_shape=shape)
+            joined = getattr(context.module.parent, _JOINED, {}).get(context.module.name)
+            found[path] = QuantizableLayer(kind=kind, weight_shape=shape, joined=joined)
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(note):
@@ -132,9 +144,38 @@ def quantizable_layers(
     return found
 
 
+class _Site(NamedTuple):
+    """A layer that is about to run.
+
+    Attributes:
+      module: of the network.
+      kind: see `layer_kind`.
+      spec: of the whole layer; None: it is quantized in parts only.
+      parts: of the layer, each with its spec.
+      args: of the call.
+      proceed: runs the layer as it is.
+    """
+
+    module: nn.Module
+    kind: str
+    spec: LayerSpec | None
+    parts: tuple[tuple[Part, LayerSpec], ...]
+    args: tuple
+    proceed: Callable[..., Any]
+
+    def sum_of_parts(self, run: Callable[..., Array]) -> Array:
+        """The sum of `run(part, spec, x)` over the parts, `x` being what each sees."""
+        (x,) = self.args
+        return sum(run(part, spec, x[..., part.begin : part.end]) for part, spec in self.parts)
+
+
 @contextlib.contextmanager
-def _intercepted(plan: Plan, action: Callable[..., Any]) -> Iterator[None]:
-    """Runs `action(module, kind, spec, args, proceed)` in place of every layer of `plan`."""
+def _intercepted(plan: Plan, action: Callable[[_Site], Any]) -> Iterator[None]:
+    """Runs `action` in place of every layer of `plan`."""
+    parts = {
+        layer: tuple((part, plan[part.path]) for part in found)
+        for layer, found in parts_by_layer(plan).items()
+    }
     # Attention whose products stay in float remains in one piece.
     unfused = {path.rpartition('/')[0] for path, spec in plan.items() if spec.inputs is not None}
 
@@ -149,14 +190,14 @@ def _intercepted(plan: Plan, action: Callable[..., Any]) -> Iterator[None]:
         if kind is None:
             return next_fun(*args, **kwargs)
         spec = plan.get(path)
-        if spec is None:
+        if spec is None and path not in parts:
             return next_fun(*args, **kwargs)
         if kwargs:
             raise ValueError(
                 f'layer {path!r} is called with keywords {sorted(kwargs)}: quantization needs its '
                 f'inputs as positional arguments.'
             )
-        return action(module, kind, spec, args, next_fun)
+        return action(_Site(module, kind, spec, parts.get(path, ()), args, next_fun))
 
     with nn.intercept_methods(intercept):
         yield
@@ -200,22 +241,35 @@ def recorded_calls(is_wanted: Callable[[str], bool]) -> Iterator[dict[str, Call]
         yield calls
 
 
-def observe_inputs(plan: Plan, num_values: int) -> contextlib.AbstractContextManager[None]:
+def observe_inputs(
+    plan: Plan, num_values: int, *, channels: bool = False
+) -> contextlib.AbstractContextManager[None]:
     """Within it, `apply(..., mutable=['stats'])` also returns statistics of every input.
 
     Args:
       plan: the layers observed; those whose inputs stay float are left out.
       num_values: values sampled per tensor and call.
+      channels: whether ranges of single channels are wanted, of the inputs of `Dense` and `Conv`.
     """
 
-    def action(module, kind, spec, args, proceed):
-        if spec.inputs is not None:
-            for role, x in zip(INPUT_ROLES[kind], args, strict=True):
-                module.sow(
-                    'stats', role, observers.observe(x, num_values),
-                    init_fn=lambda: None, reduce_fn=lambda _, new: new,
-                )  # fmt: skip
-        return proceed(*args)
+    def action(site):
+        observe = functools.partial(
+            observers.observe, num_values=num_values,
+            channels=channels and site.kind in ('dense', 'conv'),
+        )  # fmt: skip
+        found = {}
+        if site.spec is not None and site.spec.inputs is not None:
+            for role, x in zip(INPUT_ROLES[site.kind], site.args, strict=True):
+                found[role] = observe(x)
+        for part, spec in site.parts:
+            if spec.inputs is not None:
+                x = site.args[0][..., part.begin : part.end]
+                found[part.name] = {'input': observe(x)}
+        for name, stats in found.items():
+            site.module.sow(
+                'stats', name, stats, init_fn=lambda: None, reduce_fn=lambda _, new: new
+            )
+        return site.proceed(*site.args)
 
     return _intercepted(plan, action)
 
@@ -230,9 +284,16 @@ def collect_stats(plan: Plan, collection: PyTree) -> dict[str, dict[str, observe
     return {path: result[path] for path in plan if path in result}
 
 
-def _entry(module: nn.Module, name: str) -> Mapping[str, Array]:
-    """The entry `name` of a layer in the collection `quant`."""
-    entry = module.get_variable('quant', name)
+def _get(module: nn.Module, name: str, part: Part | None) -> Mapping[str, Array] | None:
+    """The entry `name` of a layer, or of a part of it, in the collection `quant`, if any."""
+    if part is None:
+        return module.get_variable('quant', name)
+    return (module.get_variable('quant', part.name) or {}).get(name)
+
+
+def _entry(module: nn.Module, name: str, part: Part | None = None) -> Mapping[str, Array]:
+    """As `_get`; the entry must be there."""
+    entry = _get(module, name, part)
     if entry is None:
         raise ValueError(
             f"collection 'quant' has no {name!r} for layer {'/'.join(module.path)!r}, which the "
@@ -241,9 +302,16 @@ def _entry(module: nn.Module, name: str) -> Mapping[str, Array]:
     return entry
 
 
-def _channels(module: nn.Module) -> Mapping[str, Array] | None:
-    """Factors of the channels of a layer; None: it has none."""
-    return module.get_variable('quant', 'channels')
+def _with_branch(
+    module: nn.Module,
+    x: Array,
+    y: Array,
+    channels: Mapping[str, Array] | None,
+    part: Part | None,
+) -> Array:
+    """`y`, what a layer made of `x`, plus what its branch of low rank, if any, makes of it."""
+    branch = _get(module, 'branch', part)
+    return y if branch is None else y + float_branch(module, x, channels, branch)
 
 
 def fake_quantized(plan: Plan) -> contextlib.AbstractContextManager[None]:
@@ -253,24 +321,35 @@ def fake_quantized(plan: Plan) -> contextlib.AbstractContextManager[None]:
     by path. Weights are the caller's: either `params` hold a kernel already rounded, or the
     collection holds `{path: {'weight': {'codes', 'scale', 'zero_point'}}}`, codes as floats with
     straight-through gradients; then the float kernel is not read, see `straight_through_layer`.
-    `{path: {'channels': {'input', 'output'}}}` are factors of a layer's channels.
+    `{path: {'channels': {'input', 'output'}}}` are factors of a layer's channels,
+    `{path: {'branch': {'down', 'up'}}}` adds a product of low rank in float. A layer that the
+    plan has in parts is the sum of what they give, each with entries of its own.
     """
 
-    def action(module, kind, spec, args, proceed):
-        if kind in ('dense', 'conv') and module.has_variable('quant', 'weight'):
-            rows = _entry(module, 'input') if spec.inputs is not None else None
-            return straight_through_layer(
-                module, args[0], rows, _entry(module, 'weight'), spec, _channels(module)
-            )
-        if _channels(module) is not None:
-            rows = _entry(module, 'input') if spec.inputs is not None else None
-            return scaled_layer(module, args[0], rows, _channels(module), spec)
+    def layer(module, x, spec, part=None):
+        rows = _entry(module, 'input', part) if spec.inputs is not None else None
+        weight, channels = (_get(module, name, part) for name in ('weight', 'channels'))
+        if weight is not None:
+            y = straight_through_layer(module, x, rows, weight, spec, channels, part=part)
+        else:
+            y = scaled_layer(module, x, rows, channels, spec, part=part)
+        return _with_branch(module, x, y, channels, part)
+
+    def action(site):
+        module, spec = site.module, site.spec
+        if spec is None:
+            return site.sum_of_parts(lambda part, spec, x: layer(module, x, spec, part))
+        if site.kind in ('dense', 'conv') and any(
+            _get(module, name, None) is not None for name in ('weight', 'channels', 'branch')
+        ):
+            return layer(module, *site.args, spec)
+        args = site.args
         if spec.inputs is not None:
             args = [
                 fake_quantize_input(x, _entry(module, role), spec.activation(role))
-                for role, x in zip(INPUT_ROLES[kind], args, strict=True)
+                for role, x in zip(INPUT_ROLES[site.kind], args, strict=True)
             ]
-        return proceed(*args)
+        return site.proceed(*args)
 
     return _intercepted(plan, action)
 
@@ -290,24 +369,31 @@ def integer(
       calls: receives, by path, the calls of kernels that each layer made; none for a float one.
     """
 
-    def action(module, kind, spec, args, proceed):
+    def layer(module, x, spec, part=None):
+        rows = _entry(module, 'input', part) if spec.inputs is not None else None
+        weight = _entry(module, 'weight', part) if spec.weight is not None else None
+        channels = _get(module, 'channels', part)
+        y = integer_layer(module, x, rows, weight, spec, channels, part=part)
+        return _with_branch(module, x, y, channels, part)
+
+    def action(site):
         with choices.recorded() as made:
-            result = compute(module, kind, spec, args)
+            result = compute(site)
         if calls is not None:
-            calls['/'.join(module.path)] = made
+            calls['/'.join(site.module.path)] = made
         return result
 
-    def compute(module, kind, spec, args):
-        rows = [
-            _entry(module, role) if spec.inputs is not None else None for role in INPUT_ROLES[kind]
-        ]
-        if kind == 'tap':
-            return fake_quantize_input(args[0], rows[0], spec.inputs)
-        if kind == 'product':
-            return integer_product(
-                *args, *rows, lhs_spec=spec.activation('lhs'), rhs_spec=spec.activation('rhs')
-            )
-        weight = _entry(module, 'weight') if spec.weight is not None else None
-        return integer_layer(module, args[0], rows[0], weight, spec, _channels(module))
+    def compute(site):
+        module, spec = site.module, site.spec
+        if spec is None:
+            return site.sum_of_parts(lambda part, spec, x: layer(module, x, spec, part))
+        if site.kind not in ('tap', 'product'):
+            return layer(module, *site.args, spec)
+        rows = [_entry(module, role) for role in INPUT_ROLES[site.kind]]
+        if site.kind == 'tap':
+            return fake_quantize_input(*site.args, *rows, spec.inputs)
+        return integer_product(
+            *site.args, *rows, lhs_spec=spec.activation('lhs'), rhs_spec=spec.activation('rhs')
+        )
 
     return _intercepted(plan, action)

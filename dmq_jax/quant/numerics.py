@@ -12,8 +12,11 @@ Conventions, each held by a test:
   LSQ+'s (arXiv:2004.09576, eq. 5), fall out of the arithmetic around it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 
@@ -108,3 +111,54 @@ def fake_quantize(
 ) -> Float[Array, '*shape']:
     """`dequantize(quantize(x))`: the nearest values that the integers can represent."""
     return dequantize(quantize(x, scale, zero_point, qmin, qmax), scale, zero_point)
+
+
+# Beyond, a power of two is less than 2^-27 of the scale: nothing, beside the other terms of a sum.
+LARGEST_EXPONENT = 27
+
+
+def largest_exponent(bits: int) -> int:
+    """The largest code q of a logarithmic grid of this width, whose values are scale * 2^-q."""
+    return min(2**bits - 1, LARGEST_EXPONENT)
+
+
+def exponents(
+    x: Float[Array, '*shape'], scale: Float[Array, '*broadcast'], largest: int
+) -> Float[Array, '*shape']:
+    """Codes clip(round(-log2(x / scale)), 0, largest) of values that are not negative."""
+    smallest = 2.0 ** -(largest + 1)
+    return jnp.clip(jnp.round(-jnp.log2(jnp.maximum(x / scale, smallest))), 0.0, float(largest))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _nearest_power(x, scale, largest):
+    powers = jnp.asarray(2.0 ** -np.arange(largest + 1), x.dtype)
+    return scale * powers[exponents(x, scale, largest).astype(jnp.int32)]
+
+
+def _power_forward(x, scale, largest):
+    return _nearest_power(x, scale, largest), x <= scale
+
+
+def _power_backward(largest, inside, g):
+    del largest
+    zero = jnp.zeros((), g.dtype)
+    return jnp.where(inside, g, zero), jnp.where(inside, zero, g)
+
+
+_nearest_power.defvjp(_power_forward, _power_backward)
+
+
+def fake_quantize_powers(
+    x: Float[Array, '*shape'], scale: Float[Array, '*broadcast'], largest: int
+) -> Float[Array, '*shape']:
+    """The nearest (in the exponent) of the values scale * 2^-q, q in [0, largest].
+
+    Gradient: 1 for `x` up to `scale`, beyond which it goes to `scale`.
+
+    Args:
+      x: not negative.
+      scale: > 0, the largest value; broadcasts against `x`.
+      largest: see `largest_exponent`.
+    """
+    return _nearest_power(x, jnp.broadcast_to(scale, x.shape), largest)

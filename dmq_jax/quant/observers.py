@@ -6,12 +6,13 @@ tensor at every timestep, from which each observer can decide later.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dmq_jax.quant import numerics
 from dmq_jax.quant.tensor import QuantSpec, scale_shape
@@ -33,6 +34,9 @@ class TensorStats(NamedTuple):
         a sample would miss and a range search would then cut off for nothing. None if `values`
         are all there are.
       count: how many values the tensor had; None likewise.
+      channel_low: smallest value of each entry of the last axis; None unless asked for.
+      channel_high: largest value of each; None likewise.
+      channels: the entry of the last axis that each of `values` is of; None likewise.
     """
 
     low: Float[Array, '*lead']
@@ -40,15 +44,19 @@ class TensorStats(NamedTuple):
     values: Float[Array, '*lead n']
     extremes: Float[Array, '*lead m'] | None = None
     count: Float[Array, '*lead'] | None = None
+    channel_low: Float[Array, '*lead C'] | None = None
+    channel_high: Float[Array, '*lead C'] | None = None
+    channels: Int[Array, '*lead n'] | None = None
 
 
-def observe(x: Float[Array, '...'], num_values: int) -> TensorStats:
+def observe(x: Float[Array, '...'], num_values: int, *, channels: bool = False) -> TensorStats:
     """Range, sample and extremes of one tensor.
 
     Args:
       x: any shape.
       num_values: size of the sample, and the number of blocks; a tensor with fewer values is
         repeated.
+      channels: whether ranges of the entries of the last axis are wanted as well.
     """
     x = jax.lax.stop_gradient(x).astype(jnp.float32)
     flat = x.reshape(-1)
@@ -63,22 +71,26 @@ def observe(x: Float[Array, '...'], num_values: int) -> TensorStats:
     blocks = jnp.pad(flat, (0, block * num_values - flat.size), mode='wrap')
     blocks = blocks.reshape(num_values, block)
     extremes = jnp.concatenate([jnp.min(blocks, axis=1), jnp.max(blocks, axis=1)])
-    return TensorStats(
+    stats = TensorStats(
         jnp.min(x),
         jnp.max(x),
         flat[index.astype(np.int32)],
         extremes,
         jnp.asarray(flat.size, jnp.float32),
     )
+    if not channels:
+        return stats
+    rows = x.reshape(-1, x.shape[-1])
+    return stats._replace(
+        channel_low=jnp.min(rows, axis=0),
+        channel_high=jnp.max(rows, axis=0),
+        channels=jnp.asarray(index % x.shape[-1], jnp.int32),
+    )
 
 
 def merge(first: TensorStats, second: TensorStats) -> TensorStats:
     """Statistics of both together: the wider range, both samples."""
-    return TensorStats(
-        jnp.minimum(first.low, second.low),
-        jnp.maximum(first.high, second.high),
-        *_both(first, second),
-    )
+    return _both(first, second, jnp.minimum, jnp.maximum)
 
 
 def running(average: TensorStats, new: TensorStats, momentum: float = 0.95) -> TensorStats:
@@ -87,17 +99,24 @@ def running(average: TensorStats, new: TensorStats, momentum: float = 0.95) -> T
     def move(old, value):
         return momentum * old + (1 - momentum) * value
 
-    return TensorStats(
-        move(average.low, new.low), move(average.high, new.high), *_both(average, new)
-    )
+    return _both(average, new, move, move)
 
 
-def _both(first: TensorStats, second: TensorStats) -> tuple[Array, Array | None, Array | None]:
-    values = jnp.concatenate([first.values, second.values], axis=-1)
-    if first.extremes is None or second.extremes is None:
-        return values, None, None
-    extremes = jnp.concatenate([first.extremes, second.extremes], axis=-1)
-    return values, extremes, first.count + second.count
+def _both(first: TensorStats, second: TensorStats, lower, higher) -> TensorStats:
+    def both(name, combine):
+        a, b = getattr(first, name), getattr(second, name)
+        return None if a is None or b is None else combine(a, b)
+
+    def joined(a, b):
+        return jnp.concatenate([a, b], axis=-1)
+
+    combine = {
+        'low': lower, 'high': higher, 'values': joined, 'extremes': joined, 'count': jnp.add,
+        'channel_low': lower, 'channel_high': higher, 'channels': joined,
+    }  # fmt: skip
+    stats = TensorStats(**{name: both(name, how) for name, how in combine.items()})
+    # Counted values whose extremes are not all known would be counted twice.
+    return stats if stats.extremes is not None else stats._replace(count=None)
 
 
 def pool(stats: TensorStats) -> TensorStats:
@@ -109,12 +128,37 @@ def pool(stats: TensorStats) -> TensorStats:
         values = jnp.moveaxis(values, 0, -2)
         return values.reshape(*values.shape[:-2], -1)[None]
 
+    def over_time(combine: Callable[..., Array], values: Array | None) -> Array | None:
+        return None if values is None else combine(values, axis=0, keepdims=True)
+
     return TensorStats(
-        jnp.min(stats.low, axis=0, keepdims=True),
-        jnp.max(stats.high, axis=0, keepdims=True),
+        over_time(jnp.min, stats.low),
+        over_time(jnp.max, stats.high),
         joined(stats.values),
         joined(stats.extremes),
-        None if stats.count is None else jnp.sum(stats.count, axis=0, keepdims=True),
+        over_time(jnp.sum, stats.count),
+        over_time(jnp.min, stats.channel_low),
+        over_time(jnp.max, stats.channel_high),
+        joined(stats.channels),
+    )
+
+
+def scale_channels(stats: TensorStats, factor: Float[Array, 'C']) -> TensorStats:
+    """Statistics of x * factor, from those of x; the extremes are those of the channels.
+
+    Args:
+      stats: with ranges of the channels.
+      factor: above 0, for each entry of the last axis.
+    """
+    wide = factor.reshape((1,) * (stats.low.ndim) + (-1,))
+    low, high = stats.channel_low * wide, stats.channel_high * wide
+    return stats._replace(
+        low=jnp.min(low, axis=-1),
+        high=jnp.max(high, axis=-1),
+        values=stats.values * factor[stats.channels],
+        extremes=jnp.concatenate([low, high], axis=-1),
+        channel_low=low,
+        channel_high=high,
     )
 
 

@@ -1,8 +1,14 @@
-"""Which tensor gets which spec: ordered rules over layer paths, first match wins."""
+"""Which tensor gets which spec: ordered rules over layer paths, first match wins.
+
+A layer whose input is two tensors, one after the other along the channels, may be quantized as two:
+each half of the input and of the kernel by itself. The path of a half is that of the layer followed
+by `inputs_BEGIN_END`, the channels it sees; wherever a layer has an entry by path, each half has.
+"""
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from dmq_jax.quant.tensor import QuantSpec
 
@@ -21,10 +27,50 @@ class QuantizableLayer:
     Attributes:
       kind: 'dense', 'conv', 'product' or 'tap'.
       weight_shape: shape of its kernel; None without one.
+      joined: channels of the first of the two tensors that its input is joined of; None: of one.
     """
 
     kind: str
     weight_shape: tuple[int, ...] | None
+    joined: int | None = None
+
+
+class Part(NamedTuple):
+    """The part of a layer that sees channels `begin` to `end` - 1 of its input."""
+
+    layer: str
+    begin: int
+    end: int
+
+    @property
+    def name(self) -> str:
+        """The last step of its path."""
+        return f'inputs_{self.begin}_{self.end}'
+
+    @property
+    def path(self) -> str:
+        """Its path."""
+        return f'{self.layer}/{self.name}' if self.layer else self.name
+
+
+def part_at(path: str) -> Part | None:
+    """The part of a layer that `path` names; None: it names a whole layer."""
+    match = re.fullmatch(r'(?:(.*)/)?inputs_(\d+)_(\d+)', path)
+    return None if match is None else Part(match[1] or '', int(match[2]), int(match[3]))
+
+
+def layer_at(path: str) -> str:
+    """The path of the layer that `path` names, whole or in part."""
+    part = part_at(path)
+    return path if part is None else part.layer
+
+
+def parts_by_layer(paths: Iterable[str]) -> dict[str, tuple[Part, ...]]:
+    """The parts among `paths`, in order of their channels, by the path of their layer."""
+    found: dict[str, list[Part]] = {}
+    for part in filter(None, map(part_at, paths)):
+        found.setdefault(part.layer, []).append(part)
+    return {layer: tuple(sorted(parts)) for layer, parts in found.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,6 +145,49 @@ def make_plan(
     if not plan:
         raise ValueError('The rules leave every layer in floating point; nothing to quantize.')
     return plan
+
+
+def split_joined(plan: Plan, layers: Mapping[str, QuantizableLayer]) -> dict[str, LayerSpec]:
+    """`plan` with every layer of a joined input in two parts (Q-Diffusion, arXiv:2302.04304).
+
+    Args:
+      plan: of whole layers.
+      layers: every quantizable layer; says where inputs are joined.
+    """
+    result = {}
+    for path, spec in plan.items():
+        parts = _halves(path, layers[path])
+        result |= dict.fromkeys([part.path for part in parts] or [path], spec)
+    return result
+
+
+def split_layers(
+    layers: Mapping[str, QuantizableLayer], plan: Iterable[str]
+) -> dict[str, QuantizableLayer]:
+    """`layers` with those that `plan` has in parts replaced by their parts."""
+    result, parts = {}, parts_by_layer(plan)
+    for path, layer in layers.items():
+        if path not in parts:
+            result[path] = layer
+        for part in parts.get(path, ()):
+            *taps, _, outputs = layer.weight_shape
+            shape = (*taps, part.end - part.begin, outputs)
+            result[part.path] = QuantizableLayer(kind=layer.kind, weight_shape=shape)
+    return result
+
+
+def is_softmax(path: str, role: str) -> bool:
+    """Whether the input in this `role` is what attention multiplies the values by."""
+    return role == 'lhs' and path.rpartition('/')[2] == 'mix'
+
+
+def _halves(path: str, layer: QuantizableLayer) -> list[Part]:
+    if layer.joined is None:
+        return []
+    return [
+        Part(path, 0, layer.joined),
+        Part(path, layer.joined, layer.weight_shape[-2]),
+    ]
 
 
 def paper_rules(target: LayerSpec, edge: LayerSpec, exempt: Sequence[str] = ()) -> list[Rule]:

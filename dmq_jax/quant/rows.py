@@ -13,7 +13,9 @@ from jaxtyping import Array, Float, Int, PyTree
 from dmq_jax.quant import numerics
 from dmq_jax.quant.tensor import QuantSpec
 
-Rows = Mapping[str, Array]  # 'scale' and 'zero_point' of one tensor: [] or one per image [B]
+# 'scale' and 'zero_point' of one tensor: [] or one per image [B]. Where its grid may be powers of
+# two, 'powers' as well: the scale of that grid where it is in use, else 0.
+Rows = Mapping[str, Array]
 
 
 def at_timestep(
@@ -94,5 +96,12 @@ def fake_quantize_input(x: Float[Array, 'B ...'], rows: Rows, spec: QuantSpec) -
     rounded = numerics.fake_quantize(
         x.astype(jnp.float32), scale, zero_point, float(qmin), float(qmax)
     ).astype(x.dtype)
+    if 'powers' in rows:
+        powers = per_image(rows['powers'], x.ndim)
+        logarithmic = numerics.fake_quantize_powers(
+            x.astype(jnp.float32), jnp.where(powers > 0, powers, 1.0),
+            numerics.largest_exponent(spec.bits),
+        ).astype(x.dtype)  # fmt: skip
+        rounded = jnp.where(powers > 0, logarithmic, rounded)
     # An analysis switches layers on and off by data, so that one program serves them all.
     return jnp.where(rows['gate'], rounded, x) if 'gate' in rows else rounded

@@ -8,7 +8,7 @@ import numpy as np
 from dmq_jax import denoisers, exporting
 from dmq_jax.config import ReportConfig
 from dmq_jax.methods.base import init_inputs
-from dmq_jax.quant.plan import LayerSpec, QuantizableLayer
+from dmq_jax.quant.plan import LayerSpec, QuantizableLayer, split_layers
 from dmq_jax.reporting import charts
 from dmq_jax.reporting.charts import Axis, Series
 from dmq_jax.reporting.markup import absent, escape, figure
@@ -65,7 +65,8 @@ def _scale_series(found: Artefacts, names: Sequence[str], path: str, role: str) 
         exported = found.exports[name]
         spec = {path: exported.plan[path]}
         method = found.student_config(name).get('method', {}).get('name')
-        if found.calibration is not None and method != 'round_to_nearest':
+        is_scaled = path in exported.channels  # then the calibration saw other values
+        if found.calibration is not None and method != 'round_to_nearest' and not is_scaled:
             start = init_inputs(spec, found.calibration.stats)[path][role]['scale']
             label = f'{name}, calibrated'
             points = _over_time(found.calibration.timesteps, np.asarray(start))
@@ -174,9 +175,10 @@ def plan_section(found: Artefacts) -> str:
         for title in ('student', 'layers', 'kernels MB', 'activation scales', 'left in float')
     )
     body = details = ''
-    known = quantizable_layers(next(iter(found.exports.values())))
+    layers = quantizable_layers(next(iter(found.exports.values())))
     for name in (n for n in found.students if n in found.exports):
         plan = found.exports[name].plan
+        known = split_layers(layers, plan)
         counts: dict[str, int] = {}
         for path in known:
             spec = plan.get(path)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dmq_jax.quant.plan import LayerSpec, Plan, QuantizableLayer
+from dmq_jax.quant.plan import LayerSpec, Plan, QuantizableLayer, split_layers
 from dmq_jax.quant.tensor import QuantSpec, scale_shape
 from dmq_jax.reporting.results import TEACHER
 from kernels.packing import packed_length
@@ -106,6 +106,7 @@ def plan_table(layers: Mapping[str, QuantizableLayer], plan: Plan) -> list[str]:
     """
     cells = [['layer', 'kind', 'weights', 'inputs', 'per timestep', 'MB float', 'MB']]
     total_before = total_after = 0.0
+    layers = split_layers(layers, plan)
     for path, layer in layers.items():
         spec = plan.get(path)
         before, after = kernel_bytes(layer, spec)

@@ -353,3 +353,38 @@ def test_codes_in_the_collection_train_as_a_rounded_kernel_does(kind, weight, in
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         # float32 sums over pixels in another order, against the size of the whole gradient.
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * (1 + float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize('softmax_bits', [3, 4, 8])
+@pytest.mark.parametrize('value_bits', [4, 8])
+def test_a_softmax_on_powers_or_on_an_even_grid_is_exact_as_each_row_says(softmax_bits, value_bits):
+    rng = np.random.default_rng(0)
+    spec = LayerSpec(
+        weight=None, inputs=QuantSpec(bits=value_bits, symmetric=False),
+        lhs=QuantSpec(bits=softmax_bits, symmetric=False),
+    )  # fmt: skip
+    lhs = rng.dirichlet(np.full(9, 0.1), (2, 3)).astype(np.float32)  # [B, M, K]
+    rhs = rng.standard_normal((2, 5, 9)).astype(np.float32)
+    rhs_rows = rows_for(spec.inputs, 2, per_sample=True)
+    largest = min(2**softmax_bits - 1, 27)
+    # The first image on powers, the second on an even grid: one program.
+    lhs_rows = {
+        'scale': jnp.asarray([1.0, 2.0**-softmax_bits]), 'zero_point': jnp.zeros(2),
+        'powers': jnp.asarray([0.5, 0.0]),
+    }  # fmt: skip
+    got = run_integer(Product(), spec, [lhs, rhs], {'lhs': lhs_rows, 'rhs': rhs_rows})
+    b, b_scale = shifted_codes(rhs, rhs_rows, spec.inputs)
+    with np.errstate(divide='ignore'):
+        q = np.clip(np.rint(-np.log2(lhs[0].astype(np.float64) / 0.5)), 0, largest)
+    # Python integers: 2^27 times 255 times 9 in int64.
+    powers = 2 ** (largest - q.astype(np.int64)) @ b[0].T
+    codes = np.clip(np.rint(lhs[1] * 2.0**softmax_bits), 0, 2**softmax_bits - 1).astype(np.int64)
+    want = np.stack([powers * (0.5 * 2.0**-largest), codes @ b[1].T * 2.0**-softmax_bits])
+    want = want * b_scale
+    # Sums of up to five exact ones, rounded to float32 each.
+    np.testing.assert_allclose(got, want, rtol=0, atol=8 * EPS * np.abs(want).max())
+
+    with layers.fake_quantized({'layer': spec}):
+        quant = {'layer': {'lhs': lhs_rows, 'rhs': rhs_rows}}
+        fake = Single(Product()).apply({'params': {}, 'quant': quant}, lhs, rhs)
+    np.testing.assert_allclose(got, fake, rtol=0, atol=16 * EPS * np.abs(want).max())

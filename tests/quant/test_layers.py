@@ -498,3 +498,102 @@ def test_calls_are_recorded_with_inputs_before_rounding_and_run_by_themselves():
     with layers.recorded_calls(lambda path: path == 'conv') as calls:
         run_fake(0)
     np.testing.assert_array_equal(calls['conv'].args[0], x)
+
+
+class Joining(nn.Module):
+    """A layer whose input is two tensors, of 4 and 2 channels."""
+
+    layer: nn.Module
+
+    @property
+    def joined_inputs(self):
+        return {'layer': 4}
+
+    @nn.compact
+    def __call__(self, x):
+        return self.layer(x)
+
+
+HALVES = ('layer/inputs_0_4', 'layer/inputs_4_6')
+
+
+def split_case(module, bits):
+    """Network, parameters, plan of the two halves, their entries in `quant`, and an input."""
+    rng = np.random.default_rng(3)
+    network = Joining(module)
+    x = jnp.asarray(rng.standard_normal((2, 5, 5, 6)).astype(np.float32))
+    params = network.init(jax.random.key(0), x)['params']
+    params['layer']['bias'] = jnp.asarray([0.5, -0.25, 1.0])
+    weight = QuantSpec(bits=bits, symmetric=bits < 8, per_channel=True)
+    plan = dict.fromkeys(
+        HALVES, LayerSpec(weight=weight, inputs=QuantSpec(bits=bits, symmetric=False))
+    )
+    entries = {}
+    for path, (begin, end) in zip(HALVES, ((0, 4), (4, 6)), strict=True):
+        kernel = params['layer']['kernel'][..., begin:end, :]
+        scale, zero_point = observers.calibrate_weight(kernel, weight)
+        codes = numerics.quantize(kernel, scale, zero_point, *weight.grid)
+        pair = observers.compute_scale(
+            x[..., begin:end].min(), x[..., begin:end].max(), plan[path].inputs
+        )
+        entries[path] = {
+            'input': dict(zip(('scale', 'zero_point'), pair, strict=True)),
+            'weight': {'codes': codes, 'scale': scale, 'zero_point': zero_point},
+        }
+    return network, params, plan, entries, x
+
+
+@pytest.mark.parametrize('bits', [4, 8])
+@pytest.mark.parametrize(
+    'module', [nn.Dense(3), nn.Conv(3, (3, 3), padding=1, strides=2)], ids=['dense', 'conv']
+)
+def test_a_layer_in_two_parts_is_the_sum_of_two_layers_in_every_mode(module, bits):
+    network, params, plan, entries, x = split_case(module, bits)
+    want = jnp.zeros(())
+    for path, (begin, end) in zip(HALVES, ((0, 4), (4, 6)), strict=True):
+        entry = entries[path]
+        x_hat = layers.fake_quantize_input(x[..., begin:end], entry['input'], plan[path].inputs)
+        kernel = numerics.dequantize(*entry['weight'].values())
+        want = want + module.clone(use_bias=False).apply({'params': {'kernel': kernel}}, x_hat)
+    want = want + params['layer']['bias'].reshape((1,) * (want.ndim - 1) + (3,))
+
+    halves = {path.rpartition('/')[2]: entry for path, entry in entries.items()}
+    with layers.fake_quantized(plan):
+        codes = network.apply({'params': params, 'quant': {'layer': halves}}, x)
+        rounded = {'kernel': jnp.concatenate(
+            [numerics.dequantize(*e['weight'].values()) for e in entries.values()], axis=-2
+        ), 'bias': params['layer']['bias']}  # fmt: skip
+        inputs = {name: {'input': entry['input']} for name, entry in halves.items()}
+        kernels = network.apply({'params': {'layer': rounded}, 'quant': {'layer': inputs}}, x)
+    packed = {
+        name: {
+            **entry,
+            'weight': integer_weight(pack(**entry['weight'], spec=plan[HALVES[0]].weight)),
+        }
+        for name, entry in halves.items()
+    }
+    with layers.integer(plan):
+        kept = {'layer': {'bias': params['layer']['bias']}}
+        integers = network.apply({'params': kept, 'quant': {'layer': packed}}, x)
+    # Sums of at most 54 products in another order.
+    tolerance = 54 * EPS * float(jnp.max(jnp.abs(want)))
+    for got in (codes, kernels, integers):
+        assert float(jnp.max(jnp.abs(got - want))) < tolerance
+
+
+def test_the_parts_of_a_layer_are_observed_beside_the_whole():
+    network, params, plan, _, x = split_case(nn.Dense(3), 4)
+    plan = {'layer': SPEC, **plan}
+    with layers.observe_inputs(plan, 8):
+        _, found = network.apply({'params': params}, x, mutable=['stats'])
+    stats = layers.collect_stats(plan, found['stats'])
+    assert set(stats) == set(plan)
+    for path, (begin, end) in zip(plan, ((0, 6), (0, 4), (4, 6)), strict=True):
+        part = x[..., begin:end]
+        assert float(stats[path]['input'].low) == float(part.min())
+        assert float(stats[path]['input'].high) == float(part.max())
+
+
+def test_what_a_module_says_of_its_layers_is_found():
+    network, params, _, _, x = split_case(nn.Dense(3), 4)
+    assert layers.quantizable_layers(network.apply, params, x)['layer'].joined == 4

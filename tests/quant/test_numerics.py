@@ -163,3 +163,21 @@ def test_a_gaussian_at_two_bits_keeps_the_gradient_of_its_outermost_bins():
     )(x)
     inside = (x >= -2.5) & (x <= 1.5)
     np.testing.assert_array_equal(gradient, inside.astype(jnp.float32))
+
+
+def test_powers_are_the_nearest_in_the_exponent_and_exact():
+    x = jnp.asarray([0.0, 2.0**-20, 0.7, 0.71, 1.0, 0.3, 5.0])
+    got = numerics.fake_quantize_powers(x, jnp.asarray(1.0), numerics.largest_exponent(4))
+    # Codes 15 (clipped), 15, 1 (0.7 < sqrt(1/2)), 0, 0, 2, 0 (clipped).
+    np.testing.assert_array_equal(got, [2.0**-15, 2.0**-15, 0.5, 1.0, 1.0, 0.25, 1.0])
+    assert numerics.largest_exponent(3) == 7 and numerics.largest_exponent(8) == 27
+
+
+def test_the_gradient_of_powers_goes_through_below_the_scale_and_to_it_beyond():
+    def total(x, scale):
+        return jnp.sum(numerics.fake_quantize_powers(x, scale, 7))
+
+    x = jnp.asarray([0.1, 0.4, 0.5, 0.8])
+    of_x, of_scale = jax.grad(total, (0, 1))(x, jnp.asarray(0.5))
+    np.testing.assert_array_equal(of_x, [1, 1, 1, 0])
+    assert float(of_scale) == 1

@@ -268,3 +268,47 @@ def test_an_error_search_of_a_weight_uses_each_channel_alone():
     for channel in range(2):
         alone, _ = observers.search_scale(stats_of(weight[..., channel].reshape(-1)), spec)
         assert float(scale[0, 0, 0, channel]) == pytest.approx(float(alone), rel=SCALE_TOLERANCE)
+
+
+def with_channels(seed=0, channels=5, num_values=64):
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((3, 4, channels)) * 2.0 ** np.arange(channels)).astype(np.float32)
+    return x, observers.observe(jnp.asarray(x), num_values, channels=True)
+
+
+def test_ranges_of_channels_are_those_of_the_last_axis_and_only_on_demand():
+    x, stats = with_channels()
+    np.testing.assert_array_equal(stats.channel_low, x.min((0, 1)))
+    np.testing.assert_array_equal(stats.channel_high, x.max((0, 1)))
+    plain = observers.observe(jnp.asarray(x), 64)
+    assert plain.channel_low is None and plain.channels is None
+    np.testing.assert_array_equal(plain.values, stats.values)
+
+
+def test_statistics_of_scaled_channels_are_those_of_the_scaled_tensor():
+    x, stats = with_channels()
+    factor = np.float32([4, 2, 1, 0.5, 0.25])
+    got = observers.scale_channels(stats, jnp.asarray(factor))
+    want = observers.observe(jnp.asarray(x * factor), 64, channels=True)
+    for name in ('low', 'high', 'values', 'count', 'channel_low', 'channel_high', 'channels'):
+        np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
+    # Its extremes are attained, and the widest are among them.
+    assert float(got.extremes.min()) == float(want.low)
+    assert float(got.extremes.max()) == float(want.high)
+    assert np.isin(got.extremes, x * factor).all()
+
+
+def test_merged_and_pooled_channels_keep_the_wider_range_and_all_samples():
+    (x, first), (y, second) = with_channels(0), with_channels(1)
+    both = observers.merge(first, second)
+    np.testing.assert_array_equal(both.channel_high, np.maximum(x, y).max((0, 1)))
+    np.testing.assert_array_equal(both.channels, np.concatenate([first.channels, second.channels]))
+    stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), first, second)
+    pooled = observers.pool(stacked)
+    np.testing.assert_array_equal(pooled.channel_low[0], np.minimum(x, y).min((0, 1)))
+    np.testing.assert_array_equal(np.sort(pooled.values[0]), np.sort(both.values))
+    # Each value keeps its channel.
+    pairs = set(zip(np.asarray(both.values), np.asarray(both.channels), strict=True))
+    assert pairs == set(
+        zip(np.asarray(pooled.values[0]), np.asarray(pooled.channels[0]), strict=True)
+    )

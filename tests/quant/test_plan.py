@@ -6,11 +6,17 @@ from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.quant.layers import quantizable_layers
 from dmq_jax.quant.plan import (
     LayerSpec,
+    Part,
     QuantizableLayer,
     Rule,
     full_rules,
+    layer_at,
     make_plan,
     paper_rules,
+    part_at,
+    parts_by_layer,
+    split_joined,
+    split_layers,
 )
 from dmq_jax.quant.tensor import QuantSpec
 
@@ -123,3 +129,36 @@ def test_full_coverage_exempts_nothing_and_includes_the_products(layers):
     assert set(plan) == set(layers)
     assert {spec.inputs for spec in plan.values()} == {TARGET.inputs}
     assert {path for path, spec in plan.items() if spec.weight is None} == PRODUCTS
+
+
+JOINED = QuantizableLayer(kind='conv', weight_shape=(3, 3, 6, 4), joined=2)
+
+
+def test_parts_of_layers_are_named_by_the_channels_they_see():
+    part = part_at('up/conv1/inputs_0_32')
+    assert part == Part('up/conv1', 0, 32) and part.path == 'up/conv1/inputs_0_32'
+    assert part_at('inputs_4_6').path == 'inputs_4_6'
+    assert part_at('up/conv1') is None
+    assert [layer_at(path) for path in ('a/b', 'a/b/inputs_0_2')] == ['a/b', 'a/b']
+
+
+def test_only_layers_of_a_joined_input_are_split():
+    layers = {'up/conv1': JOINED, 'up/conv2': DENSE}
+    plan = split_joined(dict.fromkeys(layers, TARGET), layers)
+    assert list(plan) == ['up/conv1/inputs_0_2', 'up/conv1/inputs_2_6', 'up/conv2']
+    assert set(plan.values()) == {TARGET}
+    parts = [part_at(path) for path in list(plan)[:2]]
+    assert parts_by_layer(reversed(plan)) == {'up/conv1': tuple(parts)}
+    split = split_layers(layers, plan)
+    assert [layer.weight_shape for layer in split.values()] == [(3, 3, 2, 4), (3, 3, 4, 4), (4, 4)]
+
+
+def test_blocks_fed_with_a_skip_say_where_their_input_is_joined(layers):
+    joined = {path: layer.joined for path, layer in layers.items() if layer.joined is not None}
+    ups = ('up_0/block_0', 'up_0/block_1', 'up_1/block_0', 'up_1/block_1')
+    # From below come 8, 8, 8 and 4 channels; the skips have 8, 4, 4 and 4.
+    want = dict(zip(ups, (8, 8, 8, 4), strict=True))
+    assert joined == {
+        f'{b}/{name}': n for b, n in want.items() for name in ('conv1', 'conv_shortcut')
+    }
+    assert layers['up_0/block_1/conv1'].weight_shape[-2] == 12
