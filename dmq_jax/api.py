@@ -20,7 +20,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Int, UInt8
 
-from dmq_jax import artefacts, calibrate, denoisers, exporting, finetune, methods, sampling
+from dmq_jax import artefacts, calibrate, correct, denoisers, exporting, finetune, methods, sampling
 from dmq_jax import config as config_lib
 from dmq_jax.denoisers import Denoiser
 from dmq_jax.exporting import Exported, load
@@ -80,10 +80,11 @@ def quantize(
     plan = denoisers.make_plan(denoisers.quantizable(teacher), student.quant, teacher.network)
     device_mesh = mesh.make_mesh(1)
     calibrate_key, init_key, finetune_key = jax.random.split(jax.random.key(seed), 3)
-    calibration = calibrate.run(
-        teacher, plan, calibration_config, key=calibrate_key, device_mesh=device_mesh
-    )
     learner = methods.make(student.method, plan, teacher.info.schedule.num_train_timesteps)
+    calibration = calibrate.run(
+        teacher, plan, calibration_config, key=calibrate_key, device_mesh=device_mesh,
+        channels=learner.channel_stats,
+    )  # fmt: skip
     state = jax.jit(learner.init)(teacher.params, calibration.stats, init_key)
     lookup = student.quant.timestep_lookup
     if num_iterations:
@@ -97,6 +98,10 @@ def quantize(
                     device_mesh=device_mesh, description=method,
                 ).state  # fmt: skip
     bound = jax.jit(learner.bind)(teacher.params, state)
+    bound = correct.run(
+        teacher, learner, bound, plan, calibration.timesteps, lookup, calibration_config,
+        key=jax.random.fold_in(calibrate_key, 1),
+    )  # fmt: skip
     return exporting.make(teacher, plan, bound, calibration.timesteps, lookup)
 
 

@@ -409,6 +409,6 @@ def load(path: str | os.PathLike, like: State) -> Finetuned:
     if tensors.keys() != expected.keys():
         odd = sorted(tensors.keys() ^ expected.keys())
         raise ValueError(f'{path}: other tensors than this method has, e.g. {odd[0]!r}.')
-    state = traverse_util.unflatten_dict(tensors, sep=':')
-    # A file knows no empty groups, such as that of a part which does not learn.
-    return Finetuned({group: state.get(group, {}) for group in like}, duration_s)
+    # Groups without a leaf are in no file.
+    whole = traverse_util.flatten_dict(like, sep=':', keep_empty_nodes=True)
+    return Finetuned(traverse_util.unflatten_dict(whole | tensors, sep=':'), duration_s)

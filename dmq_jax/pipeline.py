@@ -21,6 +21,7 @@ from dmq_jax import (
     analysis,
     artefacts,
     calibrate,
+    correct,
     denoisers,
     evaluate,
     exporting,
@@ -233,20 +234,26 @@ def dry_run(config: Config) -> None:
 def calibration(context: Run) -> calibrate.Calibration:
     """Statistics of every quantizable input; one for all students."""
     config = context.config.calibrate
-    observed = {
-        path: plan_lib.LayerSpec(weight=None, inputs=denoisers.OBSERVED) for path in context.layers
-    }
+    # Parts of layers besides, where a student has any.
+    parts = sorted({p for plan in context.plans.values() for p in plan} - context.layers.keys())
+    observed = dict.fromkeys(
+        [*context.layers, *parts],
+        plan_lib.LayerSpec(weight=None, inputs=denoisers.OBSERVED),
+    )
+    channels = any(make_method(context, name).channel_stats for name in context.config.students)
+    # Named where they are asked for: a calibration without them stays what it was.
+    extra = ({'parts': parts} if parts else {}) | ({'channels': True} if channels else {})
 
     def make() -> calibrate.Calibration:
         return calibrate.run(
             context.teacher, observed, config,
-            key=context.key('calibrate'), device_mesh=context.device_mesh,
+            key=context.key('calibrate'), device_mesh=context.device_mesh, channels=channels,
         )  # fmt: skip
 
     return artefacts.artefact(
         context.workdir / 'calibration',
         {'calibrate': config_lib.to_dict(config), 'teacher': context.teacher_id,
-         'seed': context.config.seed},
+         'seed': context.config.seed, **extra},
         make=make,
         save=lambda path, result: calibrate.save(path / 'stats.npz', result),
         load=lambda path: calibrate.load(path / 'stats.npz'),
@@ -379,10 +386,13 @@ def exported(context: Run, name: str) -> exporting.Exported:
         stats = calibration(context)
         method, state, duration_s = learn(context, name)
         bound = jax.jit(method.bind)(context.teacher.params, state)
-        model = exporting.make(
-            context.teacher, context.plans[name], bound, stats.timesteps,
-            student.quant.timestep_lookup,
+        shared = context.plans[name], stats.timesteps, student.quant.timestep_lookup
+        bound = correct.run(
+            context.teacher, method, bound, *shared, context.config.calibrate,
+            key=jax.random.fold_in(context.key('export'), 0),
         )  # fmt: skip
+        plan, *tables_of = shared
+        model = exporting.make(context.teacher, plan, bound, *tables_of)
         return model, duration_s
 
     def save(path: Path, made: tuple[exporting.Exported, float]) -> None:

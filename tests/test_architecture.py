@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-STAGES = {'calibrate', 'reconstruct', 'finetune', 'adapt', 'exporting', 'sampling'}
+STAGES = {'calibrate', 'reconstruct', 'finetune', 'adapt', 'correct'}
+STAGES |= {'exporting', 'sampling'}
 STAGES |= {'evaluate', 'report'}
 LIBRARIES = {'quant', 'methods', 'models', 'diffusion', 'metrics', 'runtime', 'files'}
 

@@ -7,7 +7,12 @@ from dmq_jax.config import (
     RoundToNearestConfig,
     TuneQDMConfig,
 )
-from dmq_jax.methods import efficientdm, qdiffusion, round_to_nearest, tuneqdm
+from dmq_jax.methods import (
+    efficientdm,
+    qdiffusion,
+    round_to_nearest,
+    tuneqdm,
+)
 from dmq_jax.methods.base import Method
 from dmq_jax.quant.plan import Plan
 

@@ -17,7 +17,8 @@ Where this differs from the authors' code, on purpose:
 * a row of a table keeps Adam moments of its own and moves only when its timestep is trained;
 * no weight decay on scales;
 * biases and the parameters of normalizations, which stay in float and cost nothing at inference,
-  are trained as well (`affine_learning_rate=0` leaves them).
+  are trained as well (`affine_learning_rate=0` leaves them);
+* channels of the inputs may be rescaled first (`channels`, see `channel_factors`).
 
 A learning rate of a scale is relative to the scale's first value, as eq. 8 does for the update:
 scales differ by orders of magnitude between layers.
@@ -33,12 +34,12 @@ from flax import traverse_util
 from jaxtyping import Array, PyTree
 
 from dmq_jax.config import EfficientDMConfig
-from dmq_jax.methods import base, low_rank
+from dmq_jax.methods import base, channel_factors, low_rank
 from dmq_jax.quant import numerics
 from dmq_jax.quant.plan import Plan
 
 # A scale may shrink to this share of its first value, never to zero or below.
-_SMALLEST_SHARE = 0.05
+SMALLEST_SHARE = 0.05
 
 
 def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> base.Method:
@@ -47,6 +48,9 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
     trainable = {path for path, spec in plan.items() if spec.trainable}
 
     def init(params, stats, key):
+        factors = channel_factors.init(plan, params, stats, config.channels)
+        params = channel_factors.fold(params, factors)
+        stats = channel_factors.scale_stats(stats, factors)
         weights = base.init_weights(plan, params)
         inputs = base.init_inputs(plan, stats)
         updates = {
@@ -61,12 +65,12 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
             # Scales are learnt as multiples of their calibrated value, zero points as offsets.
             'weight': {path: jnp.ones_like(weights[path]['scale']) for path in updates},
             'input': {
-                path: {role: _unit(table) for role, table in roles.items()}
+                path: {role: unit_table(table) for role, table in roles.items()}
                 for path, roles in inputs.items()
                 if path in trainable
             },
-            'affine': _zero_offsets(params) if config.affine_learning_rate else {},
-            'calibrated': {'weight': weights, 'input': inputs},
+            'affine': zero_offsets(params) if config.affine_learning_rate else {},
+            'calibrated': {'weight': weights, 'input': inputs, 'channels': factors},
         }
 
     # Repeated in the backward pass: cheaper than to keep three arrays as large as the weights.
@@ -76,6 +80,8 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
 
     def bind(params, state):
         calibrated = jax.lax.stop_gradient(state['calibrated'])
+        factors = calibrated['channels']
+        params = channel_factors.fold(params, factors)
         weights = {}
         for path, start in calibrated['weight'].items():
             kernel = base.get_kernel(params, path)
@@ -87,13 +93,15 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
                 kernel = base.dequantize_weight(
                     base.quantize_weight(kernel, scale, zero_point, plan[path])
                 )
-            scale = scale * jnp.maximum(state['weight'][path], _SMALLEST_SHARE)
+            scale = scale * jnp.maximum(state['weight'][path], SMALLEST_SHARE)
             weights[path] = updated(
                 jax.lax.stop_gradient(kernel), state['lora'][path], scale, zero_point, path
             )
         tables = {
             path: {
-                role: _learnt(table, state['input'][path][role], plan[path].activation(role).grid)
+                role: learnt_table(
+                    table, state['input'][path][role], plan[path].activation(role).grid
+                )
                 if path in state['input']
                 else table
                 for role, table in roles.items()
@@ -104,26 +112,24 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
             name: jax.lax.stop_gradient(base.get_leaf(params, name)) + offset
             for name, offset in state['affine'].items()
         }
-        return base.Bound(weights, tables, affine)
+        return base.Bound(weights, tables, affine, channel_factors.channels(factors))
 
     def optimizer(state, decay):
         def decayed(rate: float) -> optax.GradientTransformation:
             return optax.scale_by_schedule(lambda step: -rate * decay(step))
 
-        rates = _lora_rates(config, state)
-        tables = {
-            'scale': optax.chain(scale_by_row_adam(), decayed(config.input_scale_learning_rate)),
-            'zero_point': optax.chain(
-                scale_by_row_adam(), decayed(config.zero_point_learning_rate)
-            ),
-        }
+        rates = rates_by_scale(
+            state, 'lora', config.lora_rate_per_scale, is_relative=config.scale_aware
+        )
         return base.per_group(
             {
                 'lora': optax.chain(optax.scale_by_adam(), scale_by_layer(rates), decayed(1.0)),
                 'weight': optax.chain(
                     optax.scale_by_adam(), decayed(config.weight_scale_learning_rate)
                 ),
-                'input': optax.multi_transform(tables, _last_names),
+                'input': table_rule(
+                    decay, config.input_scale_learning_rate, config.zero_point_learning_rate
+                ),
                 'affine': optax.chain(optax.scale_by_adam(), decayed(config.affine_learning_rate)),
                 'calibrated': optax.set_to_zero(),
             }
@@ -138,10 +144,12 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
         return output + config.feature_weight * size * base.feature_loss(student, teacher)
 
     features = config.feature_layers if config.loss == 'feature' else None
-    return base.Method(init, bind, loss, optimizer, features)
+    return base.Method(
+        init, bind, loss, optimizer, features, channel_stats=channel_factors.is_on(config.channels)
+    )
 
 
-def _zero_offsets(params):
+def zero_offsets(params: PyTree) -> dict[str, Array]:
     """Zeros for every bias and every scale of a normalization, by 'path/name'."""
     flat = traverse_util.flatten_dict(params, sep='/')
     return {
@@ -151,7 +159,7 @@ def _zero_offsets(params):
     }
 
 
-def _unit(table):
+def unit_table(table: dict[str, Array]) -> dict[str, Array]:
     """The learnt form of a calibrated table: factor 1, offset 0."""
     return {
         'scale': jnp.ones_like(table['scale']),
@@ -159,8 +167,11 @@ def _unit(table):
     }
 
 
-def _learnt(table, learnt, grid):
-    factor = jnp.maximum(learnt['scale'], _SMALLEST_SHARE)
+def learnt_table(
+    table: dict[str, Array], learnt: dict[str, Array], grid: tuple[int, int]
+) -> dict[str, Array]:
+    """A calibrated table with what was learnt of it; zero points stay integers on the grid."""
+    factor = jnp.maximum(learnt['scale'], SMALLEST_SHARE)
     # Rounded here, not only where it is used: between two rows, linear lookup then starts from the
     # integers that an export holds.
     zero_point = numerics.straight_through_clip(
@@ -170,18 +181,34 @@ def _learnt(table, learnt, grid):
     return {'scale': table['scale'] * factor, 'zero_point': zero_point}
 
 
+def table_rule(
+    decay: optax.Schedule, scale_rate: float, zero_point_rate: float
+) -> optax.GradientTransformation:
+    """How the learnt forms of tables move: every row by itself, see `scale_by_row_adam`."""
+
+    def rule(rate: float) -> optax.GradientTransformation:
+        return optax.chain(
+            scale_by_row_adam(), optax.scale_by_schedule(lambda step: -rate * decay(step))
+        )
+
+    rules = {'scale': rule(scale_rate), 'zero_point': rule(zero_point_rate)}
+    return optax.multi_transform(rules, _last_names)
+
+
 def _last_names(tables):
     """'scale' or 'zero_point' for every leaf."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key, tables)
 
 
-def _lora_rates(config, state):
+def rates_by_scale(
+    state: base.State, group: str, rate: float, *, is_relative: bool = True
+) -> dict[str, Array]:
     """Eq. 8: a rate proportional to the mean weight scale of the layer; or the mean for all."""
-    means = {path: jnp.mean(state['calibrated']['weight'][path]['scale']) for path in state['lora']}
-    if not config.scale_aware and means:
+    means = {path: jnp.mean(state['calibrated']['weight'][path]['scale']) for path in state[group]}
+    if not is_relative and means:
         overall = sum(means.values()) / len(means)
         means = dict.fromkeys(means, overall)
-    return {path: mean * config.lora_rate_per_scale for path, mean in means.items()}
+    return {path: mean * rate for path, mean in means.items()}
 
 
 def scale_by_layer(rates: dict[str, Array]) -> optax.GradientTransformation:
