@@ -5,12 +5,14 @@ from dmq_jax.config import (
     MethodConfig,
     QDiffusionConfig,
     RoundToNearestConfig,
+    TCAQDMConfig,
     TuneQDMConfig,
 )
 from dmq_jax.methods import (
     efficientdm,
     qdiffusion,
     round_to_nearest,
+    tcaq_dm,
     tuneqdm,
 )
 from dmq_jax.methods.base import Method
@@ -20,6 +22,7 @@ METHODS = {
     RoundToNearestConfig: round_to_nearest.make,
     EfficientDMConfig: efficientdm.make,
     QDiffusionConfig: qdiffusion.make,
+    TCAQDMConfig: tcaq_dm.make,
     TuneQDMConfig: tuneqdm.make,
 }
 

@@ -1,0 +1,168 @@
+"""TCAQ-DM on a network of one block with attention, small enough to compile in no time."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmq_jax import denoisers, methods, reconstruct
+from dmq_jax.config import (
+    AdaptiveSoftmaxConfig,
+    BlockLearningConfig,
+    ChannelFactorsConfig,
+    ReconstructConfig,
+    SamplerConfig,
+    TCAQDMConfig,
+)
+from dmq_jax.diffusion.schedule import Schedule
+from dmq_jax.methods import base, channel_factors
+from dmq_jax.models.tap import Product
+from dmq_jax.quant.layers import collect_stats, observe_inputs
+from dmq_jax.quant.plan import LayerSpec, full_rules, make_plan
+from dmq_jax.quant.tensor import QuantSpec
+
+
+class Block(nn.Module):
+    """A convolution shifted by the timestep, and attention over the pixels."""
+
+    @nn.compact
+    def __call__(self, x, embedding):
+        shift = nn.Dense(x.shape[-1], name='time_proj')(embedding)
+        h = jnp.tanh(nn.Conv(x.shape[-1], (3, 3), name='conv1')(x) + shift[:, None, None, :])
+        rows = h.reshape(h.shape[0], -1, h.shape[-1])
+        weights = jax.nn.softmax(4 * Product(name='scores')(rows, rows))
+        return x + Product(name='mix')(weights, rows.swapaxes(1, 2)).reshape(h.shape)
+
+
+class Network(nn.Module):
+    """The block between two convolutions."""
+
+    @nn.compact
+    def __call__(self, x, t, y=None):
+        del y
+        angle = jnp.broadcast_to(t, x.shape[:1]).astype(jnp.float32)[:, None] / 20
+        embedding = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+        h = Block(name='block_0')(nn.Conv(6, (3, 3), name='conv_in')(x), embedding)
+        return nn.Conv(1, (3, 3), name='conv_out')(h)
+
+
+INFO = denoisers.DenoiserInfo(
+    schedule=Schedule(kind='linear', num_train_timesteps=50, beta_start=1e-3, beta_end=0.1),
+    prediction='eps',
+    image_shape=(6, 6, 1),
+    num_classes=None,
+)
+SAMPLER = SamplerConfig(num_steps=4)
+CONFIG = ReconstructConfig(
+    num_iterations=60, batch_size=16, num_timesteps=4, num_images=32, sampler=SAMPLER,
+    num_rounds=2,
+)  # fmt: skip
+SPEC = LayerSpec(
+    weight=QuantSpec(bits=3, symmetric=True, per_channel=True, observer='minmax'),
+    inputs=QuantSpec(bits=6, symmetric=False, observer='minmax'),
+)
+METHOD = TCAQDMConfig(
+    channels=ChannelFactorsConfig(limit=3.0),
+    learning=BlockLearningConfig(rounding_learning_rate=0.02),
+)
+
+
+@pytest.fixture(scope='module')
+def teacher():
+    network = Network()
+    params = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 6, 6, 1)), jnp.zeros(()))
+    return denoisers.float_denoiser(network, params['params'], INFO)
+
+
+@pytest.fixture(scope='module')
+def plan(teacher):
+    return make_plan(denoisers.quantizable(teacher), full_rules(SPEC))
+
+
+@pytest.fixture(scope='module')
+def inputs(teacher):
+    return reconstruct.draw_inputs(teacher, teacher, CONFIG, key=jax.random.key(8))
+
+
+@pytest.fixture(scope='module')
+def timesteps(inputs):
+    return np.unique(np.asarray(inputs.t))[::-1].astype(np.int32)
+
+
+@pytest.fixture(scope='module')
+def stats(teacher, plan, inputs, timesteps):
+    def visit(_, moment):
+        with observe_inputs(plan, 64, channels=True):
+            _, found = teacher.network.apply({'params': teacher.params}, *moment, mutable=['stats'])
+        return None, collect_stats(plan, found['stats'])
+
+    moments = inputs.x.reshape(4, 32, 6, 6, 1), jnp.asarray(timesteps)
+    return jax.jit(lambda moments: jax.lax.scan(visit, None, moments)[1])(moments)
+
+
+@pytest.fixture(scope='module')
+def start(teacher, plan, stats):
+    method = methods.make(METHOD, plan, 50)
+    return method, jax.jit(method.init)(teacher.params, stats, jax.random.key(0))
+
+
+def test_it_starts_as_rounding_of_the_rescaled_layers(teacher, plan, stats, start):
+    method, state = start
+    bound = method.bind(teacher.params, state)
+    factors = channel_factors.init(plan, teacher.params, stats, METHOD.channels)
+    assert set(bound.channels) == set(factors) == {p for p, s in plan.items() if 'conv' in p
+                                                   or 'proj' in p}  # fmt: skip
+    folded = channel_factors.fold(teacher.params, factors)
+    for path, weight in bound.weights.items():
+        scale = base.init_weights({path: plan[path]}, folded)[path]
+        want = base.quantize_weight(base.get_kernel(folded, path), **scale, spec=plan[path])
+        np.testing.assert_array_equal(weight.codes, want.codes)
+        np.testing.assert_allclose(bound.channels[path]['input'][0], 1 / factors[path])
+
+
+def test_a_softmax_has_a_choice_of_grids_and_other_inputs_have_not(teacher, start):
+    method, state = start
+    tables = method.bind(teacher.params, state).tables
+    chosen = {
+        (p, r) for p, roles in tables.items() for r, table in roles.items() if 'powers' in table
+    }
+    assert chosen == {('block_0/mix', 'lhs')}
+
+
+def test_it_asks_for_ranges_of_channels_unless_it_has_no_factors(plan):
+    off = TCAQDMConfig(channels=ChannelFactorsConfig(strength=0.0))
+    assert methods.make(METHOD, plan).channel_stats and not methods.make(off, plan).channel_stats
+
+
+def test_interpolated_rows_never_mix_two_kinds_of_grid(teacher, plan, stats, timesteps):
+    config = TCAQDMConfig(softmax=AdaptiveSoftmaxConfig(choice='powers'))
+    method = methods.make(config, plan, 50)
+    bound = method.bind(teacher.params, method.init(teacher.params, stats, jax.random.key(0)))
+    table = bound.tables['block_0/mix']['lhs']
+    half_off = {**table, 'powers': table['powers'].at[1].set(0.0)}
+    bound.tables['block_0/mix'] = {**bound.tables['block_0/mix'], 'lhs': half_off}
+    between = jnp.asarray(timesteps[:2].mean())
+    rows = denoisers.rows_at(denoisers.time_tables(bound, timesteps), between, 'linear')
+    assert float(rows['block_0/mix']['lhs']['powers']) in np.asarray(half_off['powers']).tolist()
+
+
+def test_later_rounds_bring_the_inputs_of_calibration_nearer_to_those_of_inference(
+    teacher, plan, start, timesteps, tmp_path
+):
+    # TCAQ-DM, section 3.4: round 0 learns on the teacher's trajectories, inference runs elsewhere.
+    method, state = start
+    learnt = reconstruct.run(
+        teacher, method, state, plan, timesteps, 'nearest', CONFIG,
+        key=jax.random.key(2), workdir=tmp_path, description='test',
+    ).state  # fmt: skip
+    rounds = [reconstruct.load_inputs(tmp_path / f'inputs_{i}.npz') for i in range(2)]
+    bound = jax.jit(method.bind)(teacher.params, learnt)
+    student = denoisers.fake_student(teacher, plan, bound, timesteps, 'nearest')
+    # The same noise as each round had, so that trajectories can be compared point by point.
+    gaps = []
+    for i, seen in enumerate(rounds):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(2), 0), i)
+        met = reconstruct.draw_inputs(teacher, student, CONFIG, key=key)
+        gaps.append(float(jnp.mean((met.x - seen.x) ** 2)))
+    assert gaps[1] < 0.7 * gaps[0], gaps
