@@ -2,6 +2,7 @@
 
 from dmq_jax.config import (
     EfficientDMConfig,
+    LSQConfig,
     MethodConfig,
     QDiffusionConfig,
     RoundToNearestConfig,
@@ -10,6 +11,7 @@ from dmq_jax.config import (
 )
 from dmq_jax.methods import (
     efficientdm,
+    lsq,
     qdiffusion,
     round_to_nearest,
     tcaq_dm,
@@ -21,6 +23,7 @@ from dmq_jax.quant.plan import Plan
 METHODS = {
     RoundToNearestConfig: round_to_nearest.make,
     EfficientDMConfig: efficientdm.make,
+    LSQConfig: lsq.make,
     QDiffusionConfig: qdiffusion.make,
     TCAQDMConfig: tcaq_dm.make,
     TuneQDMConfig: tuneqdm.make,
