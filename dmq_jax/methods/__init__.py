@@ -6,6 +6,7 @@ from dmq_jax.config import (
     MethodConfig,
     QDiffusionConfig,
     RoundToNearestConfig,
+    SVDQuantConfig,
     TCAQDMConfig,
     TuneQDMConfig,
 )
@@ -14,6 +15,7 @@ from dmq_jax.methods import (
     lsq,
     qdiffusion,
     round_to_nearest,
+    svdquant,
     tcaq_dm,
     tuneqdm,
 )
@@ -25,6 +27,7 @@ METHODS = {
     EfficientDMConfig: efficientdm.make,
     LSQConfig: lsq.make,
     QDiffusionConfig: qdiffusion.make,
+    SVDQuantConfig: svdquant.make,
     TCAQDMConfig: tcaq_dm.make,
     TuneQDMConfig: tuneqdm.make,
 }

@@ -1,0 +1,117 @@
+"""SVDQuant: what 4 bits cannot hold goes through a thin branch in 16 bits, kept at inference.
+
+Li et al., ICLR 2025, arXiv:2411.05007, as in the authors' `deepcompressor`. In three steps:
+
+1. channels are smoothed, X / r and r W (`channel_factors`, rule 'balanced');
+2. r W = L + R with L = down up of rank 32 from the singular value decomposition, so that R, which
+   is rounded, has lost its largest directions. L is fitted again to what the rounding of R left,
+   r W - Q(R), as long as that helps;
+3. y = Q(X / r) Q(R) + (X / r) down up, the branch on the input before rounding.
+
+Nothing is learnt. Where this differs from the authors' code, on purpose:
+
+* scales of activations are those of the plan, calibrated, not one per group of 64 values of the
+  live input; groups of the weight are `quant.weight_group_size=64`;
+* the exponent of the smoothing is an option, not searched per layer;
+* R is rounded to nearest; GPTQ is left out, as in the paper's first rows.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dmq_jax.config import SVDQuantConfig
+from dmq_jax.methods import base, channel_factors, low_rank
+from dmq_jax.quant import observers
+from dmq_jax.quant.plan import LayerSpec, Plan
+
+
+def make(config: SVDQuantConfig, plan: Plan, num_train_timesteps: int) -> base.Method:
+    """The method for the layers of `plan`; layers not marked trainable are only rounded."""
+    del num_train_timesteps
+
+    def init(params, stats, key):
+        del key
+        factors = channel_factors.init(plan, params, stats, config.channels)
+        params = channel_factors.fold(params, factors)
+        weights, branches = base.init_weights(plan, params), {}
+        for path in weights:
+            if plan[path].trainable:
+                kernel = base.get_kernel(params, path)
+                branches[path] = split(kernel, plan[path], config)
+                rest = kernel - low_rank.delta(branches[path])
+                scale, zero_point = observers.calibrate_weight(rest, plan[path].weight)
+                weights[path] = {'scale': scale, 'zero_point': zero_point}
+        stats = channel_factors.scale_stats(stats, factors)
+        return {
+            'weight': weights,
+            'input': base.init_inputs(plan, stats),
+            'branch': branches,
+            'channels': factors,
+        }
+
+    def bind(params, state):
+        params = channel_factors.fold(params, state['channels'])
+        weights = {}
+        for path, scale in state['weight'].items():
+            kernel = base.get_kernel(params, path)
+            if path in state['branch']:
+                kernel = kernel - low_rank.delta(state['branch'][path])
+            weights[path] = base.quantize_weight(kernel, **scale, spec=plan[path])
+        return base.Bound(
+            weights,
+            state['input'],
+            channels=channel_factors.channels(state['channels']),
+            branches=state['branch'],
+        )
+
+    return base.Method(
+        init, bind, base.output_loss, base.frozen,
+        channel_stats=channel_factors.is_on(config.channels),
+    )  # fmt: skip
+
+
+def split(
+    kernel: Float[Array, '... K N'], spec: LayerSpec, config: SVDQuantConfig
+) -> dict[str, Float[Array, '...']]:
+    """The branch of a kernel: 'down' [..., K, R] and 'up' [R, N], of values that float16 holds.
+
+    Args:
+      kernel: of a Dense or a Conv layer.
+      spec: how the rest is rounded.
+      config: rank, and how often the branch is fitted.
+    """
+    rank = min(config.rank, kernel.size // kernel.shape[-1], kernel.shape[-1])
+
+    def fit(target: Array) -> dict[str, Array]:
+        u, s, v = jnp.linalg.svd(target.reshape(-1, target.shape[-1]), full_matrices=False)
+        # Both halves of one size: neither leaves the range of float16.
+        root = jnp.sqrt(s[:rank])
+        down = (u[:, :rank] * root[None]).reshape(*kernel.shape[:-1], rank)
+        halves = {'down': down, 'up': v[:rank] * root[:, None]}
+        return jax.tree.map(lambda a: a.astype(jnp.float16).astype(jnp.float32), halves)
+
+    def rounded(branch: dict[str, Array]) -> Array:
+        rest = kernel - low_rank.delta(branch)
+        scale, zero_point = observers.calibrate_weight(rest, spec.weight)
+        return base.dequantize_weight(base.quantize_weight(rest, scale, zero_point, spec))
+
+    def error(branch: dict[str, Array], rest: Array) -> Array:
+        return jnp.sum((kernel - low_rank.delta(branch) - rest) ** 2)
+
+    def again(best, _):
+        branch, rest, least = best
+        new = fit(kernel - rest)
+        new_rest = rounded(new)
+        value = error(new, new_rest)
+        # From where it got worse, the same branch comes out again: the authors' early stop.
+        better = value < least
+        return jax.tree.map(
+            lambda a, b: jnp.where(better, a, b), (new, new_rest, value), (branch, rest, least)
+        ), None
+
+    first = fit(kernel)
+    rest = rounded(first)
+    start = first, rest, error(first, rest)
+    (branch, _, _), _ = jax.lax.scan(again, start, None, length=config.num_refits)
+    return branch
