@@ -4,6 +4,7 @@ from dmq_jax.config import (
     EfficientDMConfig,
     LSQConfig,
     MethodConfig,
+    PTQDConfig,
     QDiffusionConfig,
     RoundToNearestConfig,
     SVDQuantConfig,
@@ -13,6 +14,7 @@ from dmq_jax.config import (
 from dmq_jax.methods import (
     efficientdm,
     lsq,
+    ptqd,
     qdiffusion,
     round_to_nearest,
     svdquant,
@@ -26,6 +28,7 @@ METHODS = {
     RoundToNearestConfig: round_to_nearest.make,
     EfficientDMConfig: efficientdm.make,
     LSQConfig: lsq.make,
+    PTQDConfig: ptqd.make,
     QDiffusionConfig: qdiffusion.make,
     SVDQuantConfig: svdquant.make,
     TCAQDMConfig: tcaq_dm.make,
