@@ -28,6 +28,7 @@ from dmq_jax.config import ReconstructConfig
 from dmq_jax.diffusion import samplers
 from dmq_jax.methods.base import (
     Bound,
+    JointBlock,
     Method,
     Phase,
     State,
@@ -63,12 +64,22 @@ class Block(NamedTuple):
     """A part of the network that learns as one.
 
     Attributes:
-      path: of its module.
-      layers: paths of the quantized layers in it.
+      path: of its module; '' is the network itself.
+      layers: paths of the quantized layers in it that learn with it.
+      fixed: paths of those that have learnt before, with a joint block.
+      outputs: of a joint block (`methods.base.JointBlock`), the layers whose outputs are compared;
+        (): the module's own.
     """
 
     path: str
     layers: tuple[str, ...]
+    fixed: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.path or 'joint block'
 
 
 class Reconstructed(NamedTuple):
@@ -126,13 +137,16 @@ def draw_inputs(
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), null, inputs)
 
 
-def find_blocks(teacher: denoisers.Denoiser, plan: Plan, pattern: str) -> list[Block]:
-    """The blocks that hold the layers of `plan`, in the order of execution.
+def find_blocks(
+    teacher: denoisers.Denoiser, plan: Plan, pattern: str, joint: JointBlock | None = None
+) -> list[Block]:
+    """The blocks that hold the layers of `plan`: a joint one, then in the order of execution.
 
     Args:
       teacher: the float network.
       plan: what is quantized.
       pattern: regular expression over module paths; outermost matches are blocks.
+      joint: layers that learn before all others; those that are not trainable do not.
 
     Raises:
       ValueError: the pattern matches no module.
@@ -158,7 +172,25 @@ def find_blocks(teacher: denoisers.Denoiser, plan: Plan, pattern: str) -> list[B
     for path in plan:
         owner = next(p for p in owners if path == p or path.startswith(f'{p}/'))
         owners[owner].append(path)
-    return [Block(path, tuple(layers)) for path, layers in owners.items() if layers]
+    blocks = [Block(path, tuple(layers)) for path, layers in owners.items() if layers]
+    return blocks if joint is None else _with_joint(blocks, plan, joint)
+
+
+def _with_joint(blocks: list[Block], plan: Plan, joint: JointBlock) -> list[Block]:
+    taken = tuple(path for path in plan if re.fullmatch(joint.layers, layer_at(path)))
+    outputs = tuple(path for path in taken if re.fullmatch(joint.outputs, path))
+    if not outputs:
+        raise ValueError(
+            f'layers={joint.layers!r}, outputs={joint.outputs!r} of the method: expected both to '
+            f'match quantized layers, such as {", ".join(list(plan)[:3])}.'
+        )
+    rest = []
+    for block in blocks:
+        layers = tuple(path for path in block.layers if path not in taken)
+        fixed = tuple(path for path in block.layers if path in taken)
+        if layers:
+            rest.append(block._replace(layers=layers, fixed=fixed))
+    return [Block('', taken, outputs=outputs), *rest]
 
 
 def select(state: PyTree, layers: Mapping[str, Any] | tuple[str, ...], plan: Plan) -> PyTree:
@@ -242,14 +274,16 @@ def run(
     """
     check(method)
     task = _Task(teacher, method, jax.jit(method.bind), plan, timesteps, lookup, config)
-    blocks = find_blocks(teacher, plan, config.blocks)
+    blocks = find_blocks(teacher, plan, config.blocks, method.joint)
     work = [
         (i, phase, block)
         for i in range(config.num_rounds)
         for phase in method.phases
         if round(config.num_iterations * phase.share)
         for block in blocks
+        # A joint block's activations are not learnt.
         if any(_is_learnt(plan[path], phase) for path in block.layers)
+        and not (block.outputs and phase.rounds_inputs)
     ]
     began, inputs, drawn = time.monotonic(), None, -1
     with (
@@ -270,7 +304,7 @@ def run(
             writer.write_scalars(
                 index + 1, {f'{phase.name}/before': errors[0], f'{phase.name}/after': errors[1]}
             )
-            bar.note(f'{block.path}: {errors[0]:.4g} -> {errors[1]:.4g}')
+            bar.note(f'{block.name}: {errors[0]:.4g} -> {errors[1]:.4g}')
             now_s = spent_s + time.monotonic() - began
             checkpoints.save(index + 1, (state, jnp.asarray(now_s, jnp.float32)))
     return Reconstructed(jax.device_get(state), spent_s + time.monotonic() - began)
@@ -317,19 +351,23 @@ def _learn_block(task, phase, block, state, inputs, i, *, key):
     num_iterations = round(task.config.num_iterations * share)
     module, examples = _examples(task, phase, block, state, inputs)
     plan = task.plan if phase.rounds_inputs else without_inputs(task.plan)
-    plan = {path: plan[path] for path in block.layers if path in plan}
-    part = select(state, block.layers, task.plan)
+    inside = block.layers + block.fixed
+    plan = {path: plan[path] for path in inside if path in plan}
+    part = select(state, inside, task.plan)
     params = task.teacher.params
 
     def outputs(params, bound: Bound, args, kwargs, t):
         weights = {path: w for path, w in bound.weights.items() if path in plan}
         rows = denoisers.rows_at(denoisers.time_tables(bound, task.timesteps), t, task.lookup)
         params = get_leaf(with_weights(with_leaves(params, bound.params), weights), block.path)
-        return apply_fake(
-            functools.partial(_apply, module), _inside(plan, block), params,
-            _inside({path: row for path, row in rows.items() if path in plan}, block),
-            args, kwargs,
-        )  # fmt: skip
+        with recorded_calls(lambda path: path in block.outputs) as calls:
+            output = apply_fake(
+                functools.partial(_apply, module), _inside(plan, block), params,
+                _inside({path: row for path, row in rows.items() if path in plan}, block),
+                args, kwargs,
+            )  # fmt: skip
+        # What is not compared is not computed either, once compiled.
+        return {path: calls[path].output for path in block.outputs} if block.outputs else output
 
     def error(params, bound, batch):
         got = outputs(params, bound, batch.args, batch.kwargs, batch.t)
@@ -353,6 +391,8 @@ def _learn_block(task, phase, block, state, inputs, i, *, key):
         # optax raises a float to its int32 step count, which strict promotion forbids.
         with jax.numpy_dtype_promotion('standard'):
             updates, moments = optimizer.update(gradients, moments, part)
+        stands = jax.tree.map(jnp.zeros_like, select(updates, block.fixed, task.plan))
+        updates = merge(updates, stands)
         return jax.tree.map(jnp.add, part, updates), moments, value
 
     @jax.jit
@@ -370,7 +410,7 @@ def _learn_block(task, phase, block, state, inputs, i, *, key):
         is_checked = j + 1 == num_iterations or (j + 1) % _CHECK_EVERY == 0
         if is_checked and not np.isfinite(float(value)):
             raise FloatingPointError(
-                f'block {block.path!r}: the error is {float(value)} at iteration {j + 1} of '
+                f'block {block.name!r}: the error is {float(value)} at iteration {j + 1} of '
                 f'{phase.name}; lower the learning rates, or check the calibration.'
             )
     return merge(state, part), (before, float(measure(part, params, sample)))
@@ -397,6 +437,8 @@ def _cosine(num_iterations):
 
 def _examples(task, phase, block, state, inputs):
     """The module of `block`, free of its network, and its `_Examples`."""
+    if block.outputs:
+        return _joint_examples(task, block, inputs)
     plan = task.plan if phase.rounds_inputs else without_inputs(task.plan)
     network, found = task.teacher.network, {}
     predict = denoisers.QuantizedPredict(network, tuple(plan.items()), task.lookup, 'fake')
@@ -419,13 +461,36 @@ def _examples(task, phase, block, state, inputs):
     quantized = denoisers.fake_params(params, bound, task.timesteps)
     if not phase.rounds_inputs:
         quantized['tables'] = {}
-    size = min(task.config.batch_size, len(inputs.t))
-    parts = []
-    for begin in range(0, len(inputs.t), size):
-        part = jax.tree.map(lambda leaf, b=begin: leaf[b : b + size], inputs)
-        parts.append(capture(params, quantized, part))
-    args, kwargs, target = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+    args, kwargs, target = _in_batches(
+        lambda part: capture(params, quantized, part), inputs, task.config.batch_size
+    )
     return found['module'], _Examples(args, kwargs, target, inputs.t)
+
+
+def _joint_examples(task, block, inputs):
+    """Of a joint block: the inputs of the network, and the float outputs of some of its layers."""
+    network = task.teacher.network
+
+    @jax.jit
+    def capture(params, part):
+        with recorded_calls(lambda path: path in block.outputs) as calls:
+            network.apply({'params': params}, *part)
+        return {path: calls[path].output for path in block.outputs}
+
+    target = _in_batches(
+        lambda part: capture(task.teacher.params, part), inputs, task.config.batch_size
+    )
+    return network, _Examples(tuple(inputs), {}, target, inputs.t)
+
+
+def _in_batches(function, inputs, batch_size):
+    """What `function` makes of `inputs`, a batch at a time."""
+    size = min(batch_size, len(inputs.t))
+    parts = [
+        function(jax.tree.map(lambda leaf, b=begin: leaf[b : b + size], inputs))
+        for begin in range(0, len(inputs.t), size)
+    ]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
 
 
 def save_inputs(path: str | os.PathLike, inputs: Inputs, key: Key[Array, '']) -> None:

@@ -9,6 +9,7 @@ from dmq_jax.config import (
     RoundToNearestConfig,
     SVDQuantConfig,
     TCAQDMConfig,
+    TFMQDMConfig,
     TuneQDMConfig,
 )
 from dmq_jax.methods import (
@@ -19,6 +20,7 @@ from dmq_jax.methods import (
     round_to_nearest,
     svdquant,
     tcaq_dm,
+    tfmq_dm,
     tuneqdm,
 )
 from dmq_jax.methods.base import Method
@@ -32,6 +34,7 @@ METHODS = {
     QDiffusionConfig: qdiffusion.make,
     SVDQuantConfig: svdquant.make,
     TCAQDMConfig: tcaq_dm.make,
+    TFMQDMConfig: tfmq_dm.make,
     TuneQDMConfig: tuneqdm.make,
 }
 

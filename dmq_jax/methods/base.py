@@ -79,7 +79,8 @@ class Bound(NamedTuple):
         teacher's.
       channels: by path, factors of single channels: {'input': [E, K], 'output': [E, N]} or one of
         them. The input is multiplied before it is rounded, the product before its bias is added,
-        so a kernel is seen as `input * (codes - zero_point) * scale * output`.
+        so a kernel is seen as `input * (codes - zero_point) * scale * output`. Shifts besides, of
+        the same shapes: 'shift' is added to the scaled input, 'offset' to the scaled product.
       channel_timesteps: of the rows of `channels`: a row serves the timesteps nearest to its own,
         of two equally near the first; None where every table of `channels` has one row.
       branches: by path, {'down': [..., K, R], 'up': [R, N]}, of values that float16 holds: a
@@ -132,6 +133,20 @@ class Phase(NamedTuple):
     share: float = 1.0
 
 
+class JointBlock(NamedTuple):
+    """Layers all over a network that block reconstruction learns first, as one block.
+
+    No block they lie in changes them after.
+
+    Attributes:
+      layers: regular expression over their paths.
+      outputs: of those whose outputs are compared with the float network's.
+    """
+
+    layers: str
+    outputs: str
+
+
 class Method(NamedTuple):
     """See the module's docstring.
 
@@ -142,6 +157,7 @@ class Method(NamedTuple):
       optimizer: makes the optax transformation.
       features: regular expression over module paths whose outputs `loss` wants to see; None: none.
       phases: of block reconstruction, in order; (): the method has none.
+      joint: layers that block reconstruction learns before all others; None: there are none.
       channel_stats: whether `init` wants statistics with the ranges of single channels.
       correct: `(student's predictions, teacher's) -> Correction`, both [S, N, H, W, C]: fits a
         correction to the network that was bound last; None: the method has none.
@@ -153,6 +169,7 @@ class Method(NamedTuple):
     optimizer: Callable[[State, optax.Schedule], optax.GradientTransformation]
     features: str | None = None
     phases: tuple[Phase, ...] = ()
+    joint: JointBlock | None = None
     channel_stats: bool = False
     correct: Callable[[Array, Array], Correction] | None = None
 
