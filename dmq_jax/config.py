@@ -373,6 +373,46 @@ class PTQDConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TFMQDMConfig:
+    """The path of the timestep by itself (Huang et al., CVPR 2024, arXiv:2311.16503)."""
+
+    name: Literal['tfmq_dm'] = 'tfmq_dm'
+    # regular expressions over paths of layers: through which the timestep enters, and of these
+    # where it meets the image
+    layers: str = r'(time|added)_embed/.*|(.*/)?time_proj'
+    outputs: str = r'(.*/)?time_proj'
+    learning: BlockLearningConfig = BlockLearningConfig()
+
+    def __post_init__(self):
+        _check_choices(self)
+        for name in ('layers', 'outputs'):
+            pattern = getattr(self, name)
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                text = f'{name}={pattern!r}: not a regular expression ({error}).'
+                raise ValueError(text) from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RepQViTConfig:
+    """Scales of channels moved into the weights (Li et al., ICCV 2023, arXiv:2212.08254)."""
+
+    name: Literal['repq_vit'] = 'repq_vit'
+    # regular expression over paths: the dense layers that follow a norm
+    layers: str = r'.*/(attention(_\d+)?|attn1)/(q|k|v)|.*/attn2/q|.*/(ff_in|mlp/dense_0)'
+    softmax: Literal['roots', 'uniform'] = 'roots'  # powers of sqrt(2), or an even grid
+
+    def __post_init__(self):
+        _check_choices(self)
+        try:
+            re.compile(self.layers)
+        except re.error as error:
+            text = f'layers={self.layers!r}: not a regular expression ({error}).'
+            raise ValueError(text) from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptiveSoftmaxConfig:
     """Whether what attention multiplies the values by lies on an even grid or on powers of two."""
 
@@ -448,12 +488,14 @@ MethodConfig = (
     | LSQConfig
     | PTQDConfig
     | QDiffusionConfig
+    | RepQViTConfig
     | SVDQuantConfig
     | TCAQDMConfig
+    | TFMQDMConfig
     | TuneQDMConfig
 )
 # Those that learn nothing.
-_CALIBRATED_ONLY = (RoundToNearestConfig, SVDQuantConfig)
+_CALIBRATED_ONLY = (RoundToNearestConfig, RepQViTConfig, SVDQuantConfig)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,9 @@ run time the choice is an entry of a table.
 
 The paper's alternative law, its x_min and the number of groups were not to be found. The
 exponential is the usual rival of a power law (arXiv:0706.1062); x_min is a quantile of the values;
-groups are even. `choice='error'` compares the errors of the two grids instead.
+groups are even. `choice='error'` compares the errors of the two grids instead. On the bundled
+teacher (4 softmaxes, 4 timesteps each) the likelihoods keep the even grid everywhere; by error,
+powers would be better in 2 of 16 at 4 bits, by 10 per cent, and nowhere at 8.
 """
 
 import jax.numpy as jnp

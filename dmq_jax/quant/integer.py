@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dmq_jax.quant import numerics, products
@@ -60,7 +61,7 @@ def integer_product(
     rhs_spec: QuantSpec,
 ) -> Float[Array, 'B *batch M N']:
     """A product of two activations on integers, zero points taken out of the sum exactly."""
-    if 'powers' in lhs_rows:
+    if 'powers' in lhs_rows or 'roots' in lhs_rows:
         return _product_of_powers(lhs, rhs, lhs_rows, rhs_rows, lhs_spec, rhs_spec)
     a, a_zero = carry_codes(lhs, lhs_rows, lhs_spec)
     b, b_zero = carry_codes(rhs, rhs_rows, rhs_spec)
@@ -80,33 +81,54 @@ def integer_product(
 
 
 def _product_of_powers(lhs, rhs, lhs_rows, rhs_rows, lhs_spec, rhs_spec):
-    """`integer_product` whose `lhs` is on a uniform or a logarithmic grid, as its rows say.
+    """`integer_product` whose `lhs` is on a grid of powers, or on an even one, as its rows say.
 
-    Neither grid has a zero point. A value is an integer w times a scale: w is the code, or
-    2^(largest - q). Its digits to the base 128 are int8, so a few int8 products give the sum
-    exactly, whichever grid is in use at a timestep.
+    None has a zero point. A value is an integer w times a unit: w is the code of an even grid, or
+    2^(largest - q); powers of sqrt(2) are such integers as well, the odd ones times sqrt(2).
     """
-    largest = numerics.largest_exponent(lhs_spec.bits)
-    scale, powers = (per_image(lhs_rows[name], lhs.ndim) for name in ('scale', 'powers'))
     x = lhs.astype(jnp.float32)
-    codes = numerics.quantize(x, scale, jnp.zeros_like(scale), *lhs_spec.grid).astype(jnp.int32)
-    exponents = numerics.exponents(x, jnp.where(powers > 0, powers, 1.0), largest)
-    shifted = jnp.left_shift(1, largest - exponents.astype(jnp.int32))
-    w = jnp.where(powers > 0, shifted, codes)
-    b, b_zero = carry_codes(rhs, rhs_rows, rhs_spec)
+    operand = carry_codes(rhs, rhs_rows, rhs_spec), _largest(rhs_spec)
+    if 'roots' in lhs_rows:
+        top = numerics.largest_root(lhs_spec.bits)
+        largest = top // 2
+        scale = per_image(lhs_rows['roots'], x.ndim)
+        q = numerics.exponents(x, scale, top, per_octave=2).astype(jnp.int32)
+        w = jnp.where(q < top, jnp.left_shift(1, largest - (q + 1) // 2), 0)
+        is_odd = q % 2 == 1
+        total = _digit_products(jnp.where(is_odd, 0, w), *operand, largest + 1)
+        odd = _digit_products(jnp.where(is_odd, w, 0), *operand, largest + 1)
+        total = total + odd * np.float32(np.sqrt(2))
+        unit = lhs_rows['roots'] * 2.0**-largest
+    else:
+        largest = numerics.largest_exponent(lhs_spec.bits)
+        scale, powers = (per_image(lhs_rows[name], lhs.ndim) for name in ('scale', 'powers'))
+        codes = numerics.quantize(x, scale, jnp.zeros_like(scale), *lhs_spec.grid)
+        q = numerics.exponents(x, jnp.where(powers > 0, powers, 1.0), largest).astype(jnp.int32)
+        w = jnp.where(powers > 0, jnp.left_shift(1, largest - q), codes.astype(jnp.int32))
+        total = _digit_products(w, *operand, max(largest + 1, lhs_spec.bits))
+        unit = jnp.where(
+            lhs_rows['powers'] > 0, lhs_rows['powers'] * 2.0**-largest, lhs_rows['scale']
+        )
+    scale = per_image(unit, total.ndim) * per_image(rhs_rows['scale'], total.ndim)
+    return (total * scale).astype(lhs.dtype)
+
+
+def _digit_products(w, carried, rhs_max, num_bits):
+    """W times the codes of an operand, minus its zero point, for integers 0 <= w < 2^num_bits.
+
+    The digits of w to the base 128 are int8, so that a few int8 products give the sum exactly,
+    whichever grid is in use at a timestep.
+    """
+    codes, zero = carried
     total = 0.0
-    for digit in range(-(-max(largest + 1, lhs_spec.bits) // 7)):
+    for digit in range(-(-num_bits // 7)):
         a = (jnp.right_shift(w, 7 * digit) & 127).astype(jnp.int8)
-        acc = int_matmul(a, b, x_max=127, w_max=_largest(rhs_spec))
-        if b_zero is not None:
-            a_sum = jnp.sum(a.astype(jnp.int32), axis=-1)[..., :, None]
-            acc = acc - per_image(b_zero, acc.ndim) * a_sum
+        acc = int_matmul(a, codes, x_max=127, w_max=rhs_max)
+        if zero is not None:
+            sums = jnp.sum(a.astype(jnp.int32), axis=-1)[..., :, None]
+            acc = acc - per_image(zero, acc.ndim) * sums
         total = total + acc.astype(jnp.float32) * 2.0 ** (7 * digit)
-    unit = per_image(
-        jnp.where(lhs_rows['powers'] > 0, lhs_rows['powers'] * 2.0**-largest, lhs_rows['scale']),
-        total.ndim,
-    )
-    return (total * unit * per_image(rhs_rows['scale'], total.ndim)).astype(lhs.dtype)
+    return total
 
 
 def integer_layer(

@@ -122,26 +122,39 @@ def largest_exponent(bits: int) -> int:
     return min(2**bits - 1, LARGEST_EXPONENT)
 
 
+def largest_root(bits: int) -> int:
+    """The largest code of a grid of powers of sqrt(2); it stands for 0."""
+    return min(2**bits - 1, 2 * LARGEST_EXPONENT)
+
+
 def exponents(
-    x: Float[Array, '*shape'], scale: Float[Array, '*broadcast'], largest: int
+    x: Float[Array, '*shape'],
+    scale: Float[Array, '*broadcast'],
+    largest: int,
+    *,
+    per_octave: int = 1,
 ) -> Float[Array, '*shape']:
-    """Codes clip(round(-log2(x / scale)), 0, largest) of values that are not negative."""
-    smallest = 2.0 ** -(largest + 1)
-    return jnp.clip(jnp.round(-jnp.log2(jnp.maximum(x / scale, smallest))), 0.0, float(largest))
+    """Codes clip(round(-per_octave log2(x / scale)), 0, largest) of values not below 0."""
+    smallest = 2.0 ** -((largest + 1) / per_octave)
+    code = jnp.round(-per_octave * jnp.log2(jnp.maximum(x / scale, smallest)))
+    return jnp.clip(code, 0.0, float(largest))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _nearest_power(x, scale, largest):
-    powers = jnp.asarray(2.0 ** -np.arange(largest + 1), x.dtype)
-    return scale * powers[exponents(x, scale, largest).astype(jnp.int32)]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _nearest_power(x, scale, largest, per_octave):
+    powers = 2.0 ** -(np.arange(largest + 1) / per_octave)
+    if per_octave > 1:
+        powers[largest] = 0.0
+    codes = exponents(x, scale, largest, per_octave=per_octave).astype(jnp.int32)
+    return scale * jnp.asarray(powers, x.dtype)[codes]
 
 
-def _power_forward(x, scale, largest):
-    return _nearest_power(x, scale, largest), x <= scale
+def _power_forward(x, scale, largest, per_octave):
+    return _nearest_power(x, scale, largest, per_octave), x <= scale
 
 
-def _power_backward(largest, inside, g):
-    del largest
+def _power_backward(largest, per_octave, inside, g):
+    del largest, per_octave
     zero = jnp.zeros((), g.dtype)
     return jnp.where(inside, g, zero), jnp.where(inside, zero, g)
 
@@ -161,4 +174,17 @@ def fake_quantize_powers(
       scale: > 0, the largest value; broadcasts against `x`.
       largest: see `largest_exponent`.
     """
-    return _nearest_power(x, jnp.broadcast_to(scale, x.shape), largest)
+    return _nearest_power(x, jnp.broadcast_to(scale, x.shape), largest, 1)
+
+
+def fake_quantize_roots(
+    x: Float[Array, '*shape'], scale: Float[Array, '*broadcast'], largest: int
+) -> Float[Array, '*shape']:
+    """The nearest (in the exponent) of scale * 2^(-q / 2), q below `largest`, or 0 beyond.
+
+    Args:
+      x: not negative.
+      scale: > 0, the largest value; broadcasts against `x`.
+      largest: see `largest_root`.
+    """
+    return _nearest_power(x, jnp.broadcast_to(scale, x.shape), largest, 2)

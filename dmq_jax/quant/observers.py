@@ -143,19 +143,23 @@ def pool(stats: TensorStats) -> TensorStats:
     )
 
 
-def scale_channels(stats: TensorStats, factor: Float[Array, 'C']) -> TensorStats:
-    """Statistics of x * factor, from those of x; the extremes are those of the channels.
+def scale_channels(
+    stats: TensorStats, factor: Float[Array, 'C'], shift: Float[Array, 'C'] | None = None
+) -> TensorStats:
+    """Statistics of x * factor + shift, from those of x; the extremes are those of the channels.
 
     Args:
       stats: with ranges of the channels.
       factor: above 0, for each entry of the last axis.
+      shift: for each entry of the last axis; None: 0.
     """
-    wide = factor.reshape((1,) * (stats.low.ndim) + (-1,))
-    low, high = stats.channel_low * wide, stats.channel_high * wide
+    shift = jnp.zeros_like(factor) if shift is None else shift
+    wide, added = (row.reshape((1,) * stats.low.ndim + (-1,)) for row in (factor, shift))
+    low, high = stats.channel_low * wide + added, stats.channel_high * wide + added
     return stats._replace(
         low=jnp.min(low, axis=-1),
         high=jnp.max(high, axis=-1),
-        values=stats.values * factor[stats.channels],
+        values=stats.values * factor[stats.channels] + shift[stats.channels],
         extremes=jnp.concatenate([low, high], axis=-1),
         channel_low=low,
         channel_high=high,

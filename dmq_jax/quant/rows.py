@@ -14,7 +14,8 @@ from dmq_jax.quant import numerics
 from dmq_jax.quant.tensor import QuantSpec
 
 # 'scale' and 'zero_point' of one tensor: [] or one per image [B]. Where its grid may be powers of
-# two, 'powers' as well: the scale of that grid where it is in use, else 0.
+# two, 'powers' as well: the scale of that grid where it is in use, else 0; where it is powers of
+# sqrt(2), 'roots': its scale.
 Rows = Mapping[str, Array]
 
 
@@ -76,17 +77,26 @@ def per_channel(row: Array, ndim: int) -> Array:
     return row.reshape(row.shape[:-1] + (1,) * (ndim - row.ndim) + row.shape[-1:])
 
 
+_SHIFTS = {'input': 'shift', 'output': 'offset'}
+
+
 def scale_channels(x: Float[Array, 'B ...'], channels: Rows | None, end: str) -> Array:
-    """`x` times the factors of its channels, where `channels` has any for this `end`.
+    """`x` times the factors of its channels plus their shifts, where `channels` has any.
 
     Args:
       x: input of a layer, or its product before the bias.
-      channels: 'input' and 'output' of one layer, each [K] or [B, K]; either may be missing.
+      channels: of one layer, each [K] or [B, K], any of which may be missing: factors 'input' and
+        'output'; 'shift' is added to the scaled input, 'offset' to the scaled output.
       end: 'input' or 'output'.
     """
-    if channels is None or end not in channels:
+    if channels is None:
         return x
-    return x * per_channel(channels[end], x.ndim).astype(x.dtype)
+    if end in channels:
+        x = x * per_channel(channels[end], x.ndim).astype(x.dtype)
+    added = _SHIFTS[end]
+    if added in channels:
+        x = x + per_channel(channels[added], x.ndim).astype(x.dtype)
+    return x
 
 
 def fake_quantize_input(x: Float[Array, 'B ...'], rows: Rows, spec: QuantSpec) -> Array:
@@ -103,5 +113,10 @@ def fake_quantize_input(x: Float[Array, 'B ...'], rows: Rows, spec: QuantSpec) -
             numerics.largest_exponent(spec.bits),
         ).astype(x.dtype)  # fmt: skip
         rounded = jnp.where(powers > 0, logarithmic, rounded)
+    if 'roots' in rows:
+        rounded = numerics.fake_quantize_roots(
+            x.astype(jnp.float32), per_image(rows['roots'], x.ndim),
+            numerics.largest_root(spec.bits),
+        ).astype(x.dtype)  # fmt: skip
     # An analysis switches layers on and off by data, so that one program serves them all.
     return jnp.where(rows['gate'], rounded, x) if 'gate' in rows else rounded

@@ -8,19 +8,35 @@ from flax import traverse_util
 
 from dmq_jax import denoisers, exporting, finetune, methods
 from dmq_jax.config import (
+    AdaptiveSoftmaxConfig,
     BlockLearningConfig,
+    ChannelFactorsConfig,
     EfficientDMConfig,
     FinetuneConfig,
+    LSQConfig,
+    PTQDConfig,
     QDiffusionConfig,
+    RepQViTConfig,
     RoundToNearestConfig,
     SamplerConfig,
+    SVDQuantConfig,
+    TCAQDMConfig,
+    TFMQDMConfig,
     TuneQDMConfig,
 )
 from dmq_jax.diffusion.schedule import Schedule
 from dmq_jax.methods import base
 from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.quant.layers import collect_stats, observe_inputs
-from dmq_jax.quant.plan import LayerSpec, Rule, make_plan, paper_rules
+from dmq_jax.quant.plan import (
+    LayerSpec,
+    Rule,
+    layer_at,
+    make_plan,
+    paper_rules,
+    parts_by_layer,
+    split_joined,
+)
 from dmq_jax.quant.tensor import QuantSpec
 
 # Rates for 30 steps instead of thousands.
@@ -30,13 +46,31 @@ CONFIGS = [
         lora_rank=4, lora_rate_per_scale=0.03, weight_scale_learning_rate=5e-3,
         input_scale_learning_rate=1e-2, zero_point_learning_rate=5e-2,
     ),
+    EfficientDMConfig(lora_rank=4, lora_rate_per_scale=0.03, channels=ChannelFactorsConfig()),
+    LSQConfig(rate_per_scale=0.03),
+    PTQDConfig(
+        learning=BlockLearningConfig(rounding_learning_rate=0.2, input_scale_learning_rate=2e-2)
+    ),
+    RepQViTConfig(),
+    SVDQuantConfig(rank=2),
     QDiffusionConfig(
+        learning=BlockLearningConfig(rounding_learning_rate=0.2, input_scale_learning_rate=2e-2)
+    ),
+    TCAQDMConfig(
+        channels=ChannelFactorsConfig(limit=3.0), softmax=AdaptiveSoftmaxConfig(choice='powers'),
+        learning=BlockLearningConfig(rounding_learning_rate=0.2, input_scale_learning_rate=2e-2),
+    ),
+    TFMQDMConfig(
         learning=BlockLearningConfig(rounding_learning_rate=0.2, input_scale_learning_rate=2e-2)
     ),
     TuneQDMConfig(learning_rate=2e-2),
 ]  # fmt: skip
 IDS = [config.name for config in CONFIGS]
-LEARNABLE = [config for config in CONFIGS if not isinstance(config, RoundToNearestConfig)]
+LEARNABLE = [
+    config
+    for config in CONFIGS
+    if not isinstance(config, RoundToNearestConfig | RepQViTConfig | SVDQuantConfig)
+]
 NUM_STEPS = 30
 
 NETWORK = DDPMUNet(
@@ -50,6 +84,7 @@ INFO = denoisers.DenoiserInfo(
     image_shape=(4, 4, 1),
     num_classes=None,
 )
+SPLIT = 'up_0/block_0/conv1'
 TIMESTEPS = np.array([90, 50, 10], np.int32)
 FAST_COMPILE = {'xla_backend_optimization_level': 0}  # tiny tensors: compiling is all the time
 
@@ -83,14 +118,17 @@ def teacher():
 
 @pytest.fixture(scope='module')
 def plan(teacher):
-    """EfficientDM's coverage, with the products of one attention block quantized as well."""
+    """EfficientDM's coverage, with one attention's products as well, and one layer in parts."""
     edge = spec(8, per_timestep=False, trainable=False)
     softmax = QuantSpec(bits=8, symmetric=False, observer='minmax')
     products = [
         Rule(pattern='mid/.*/scores', spec=spec(4)),
         Rule(pattern='mid/.*/mix', spec=spec(4, lhs=softmax)),
     ]
-    return make_plan(denoisers.quantizable(teacher), [*products, *paper_rules(spec(4), edge)])
+    layers = denoisers.quantizable(teacher)
+    plan = make_plan(layers, [*products, *paper_rules(spec(4), edge)])
+    split = split_joined({SPLIT: plan.pop(SPLIT)}, layers)
+    return plan | split
 
 
 @pytest.fixture(scope='module')
@@ -101,7 +139,7 @@ def images():
 @pytest.fixture(scope='module')
 def stats(teacher, plan, images):
     def visit(_, t):
-        with observe_inputs(plan, 64):
+        with observe_inputs(plan, 64, channels=True):
             _, found = NETWORK.apply({'params': teacher.params}, images, t, mutable=['stats'])
         return None, collect_stats(plan, found['stats'])
 
@@ -226,8 +264,8 @@ def test_float_parameters_are_untouched(trained, teacher):
     before = leaves(teacher.params)
     student = leaves(base.with_weights(teacher.params, trained.bound.weights))
     kernels = {
-        jax.tree_util.keystr(tuple(map(jax.tree_util.DictKey, (*path.split('/'), 'kernel'))))
-        for path in trained.bound.weights
+        jax.tree_util.keystr(tuple(map(jax.tree_util.DictKey, (*layer.split('/'), 'kernel'))))
+        for layer in map(layer_at, trained.bound.weights)
     }
     assert kernels < before.keys()
     for name, leaf in before.items():
@@ -279,6 +317,8 @@ def test_an_export_predicts_what_the_student_predicts(trained, teacher, plan, im
     # Given back as float32: the parameters, and so the predictions, are the very same numbers.
     assert_same(fake.params['tables'], student.params['tables'])
     assert_same(fake.params['channels'], student.params['channels'])
+    assert_same(fake.params['branches'], student.params['branches'])
+    assert parts_by_layer(trained.bound.weights).keys() == {SPLIT}
     for path in trained.bound.weights:
         got, want = (base.get_kernel(d.params['params'], path) for d in (fake, student))
         np.testing.assert_array_equal(got, want, err_msg=path)
@@ -291,4 +331,4 @@ def test_an_export_predicts_what_the_student_predicts(trained, teacher, plan, im
     distance = np.linalg.norm(got - want) / np.linalg.norm(want)
     assert distance < MODE_TOLERANCE, f'{distance:.2e}'
     kept = traverse_util.flatten_dict(integer.params['params'], sep='/')
-    assert not {f'{path}/kernel' for path in trained.bound.weights} & set(kept)
+    assert not {f'{layer_at(path)}/kernel' for path in trained.bound.weights} & set(kept)

@@ -388,3 +388,31 @@ def test_a_softmax_on_powers_or_on_an_even_grid_is_exact_as_each_row_says(softma
         quant = {'layer': {'lhs': lhs_rows, 'rhs': rhs_rows}}
         fake = Single(Product()).apply({'params': {}, 'quant': quant}, lhs, rhs)
     np.testing.assert_allclose(got, fake, rtol=0, atol=16 * EPS * np.abs(want).max())
+
+
+@pytest.mark.parametrize('softmax_bits', [3, 4, 8])
+def test_a_softmax_on_powers_of_the_root_of_two_is_exact(softmax_bits):
+    rng = np.random.default_rng(1)
+    inputs = QuantSpec(bits=8, symmetric=False)
+    spec = LayerSpec(
+        weight=None, inputs=inputs, lhs=QuantSpec(bits=softmax_bits, symmetric=False)
+    )  # fmt: skip
+    lhs = rng.dirichlet(np.full(9, 0.1), (2, 3)).astype(np.float32)
+    rhs = rng.standard_normal((2, 5, 9)).astype(np.float32)
+    rhs_rows = rows_for(inputs, 2, per_sample=True)
+    lhs_rows = {
+        'scale': jnp.ones(2), 'zero_point': jnp.zeros(2), 'roots': jnp.asarray([1.0, 0.5])
+    }  # fmt: skip
+    got = run_integer(Product(), spec, [lhs, rhs], {'lhs': lhs_rows, 'rhs': rhs_rows})
+    b, b_scale = shifted_codes(rhs, rhs_rows, inputs)
+    top = min(2**softmax_bits - 1, 54)
+    scale = np.array([1.0, 0.5])[:, None, None]
+    with np.errstate(divide='ignore'):
+        q = np.clip(np.rint(-2 * np.log2(lhs.astype(np.float64) / scale)), 0, top)
+    values = np.where(q < top, 2.0 ** (-q / 2), 0.0) * scale
+    want = np.einsum('bmk,bnk->bmn', values, b.astype(np.float64)) * b_scale
+    np.testing.assert_allclose(got, want, rtol=0, atol=16 * EPS * np.abs(want).max())
+    with layers.fake_quantized({'layer': spec}):
+        quant = {'layer': {'lhs': lhs_rows, 'rhs': rhs_rows}}
+        fake = Single(Product()).apply({'params': {}, 'quant': quant}, lhs, rhs)
+    np.testing.assert_allclose(fake, want, rtol=0, atol=16 * EPS * np.abs(want).max())

@@ -181,3 +181,13 @@ def test_the_gradient_of_powers_goes_through_below_the_scale_and_to_it_beyond():
     of_x, of_scale = jax.grad(total, (0, 1))(x, jnp.asarray(0.5))
     np.testing.assert_array_equal(of_x, [1, 1, 1, 0])
     assert float(of_scale) == 1
+
+
+def test_roots_are_powers_of_the_square_root_of_two_and_zero():
+    largest = numerics.largest_root(3)
+    x = jnp.asarray([1.0, 0.72, 0.5, 0.36, 2.0**-3, 2.0**-3.2, 2.0**-3.3, 0.0, 3.0])
+    got = numerics.fake_quantize_roots(x, jnp.asarray(1.0), largest)
+    # Codes 0, 1, 2, 3, 6, 6, 7 (zero), 7 (zero), 0 (clipped).
+    want = [1.0, 2**-0.5, 0.5, 2**-1.5, 2**-3, 2**-3, 0.0, 0.0, 1.0]
+    np.testing.assert_array_equal(got, np.float32(want))
+    assert largest == 7 and numerics.largest_root(8) == 54
