@@ -45,8 +45,8 @@ def get_config(arg=None):
     quant = dict(weight_observer='minmax', activation_observer='minmax')
     config.students.rtn = student(quant=dict(coverage='full', weight_bits=3, **quant))
     config.students.edm = student(
-        dict(name='efficientdm', lora_rank=2),
-        quant=quant,
+        dict(name='efficientdm', lora_rank=2, channels=dict(strength=1.0)),
+        quant=dict(split_shortcuts=True, **quant),
         finetune=dict(num_iterations={num_iterations}, batch_size=2, log_every=4,
                       positions='trajectory', schedule='linear',
                       checkpoint_every={checkpoint_every},
@@ -134,6 +134,14 @@ def contents(workdir):
     """Bytes of every file but the report, which is drawn anew by every call."""
     files = [f for f in sorted(workdir.rglob('*')) if f.is_file() and f.name != 'report.html']
     return {f: f.read_bytes() for f in files}
+
+
+def test_the_calibration_holds_what_any_student_asks_for(config_file, whole):
+    found = calibrate.load(whole / 'calibration' / 'stats.npz').stats
+    part = 'up_0/block_0/conv1/inputs_0_8'
+    assert part in exporting.load(whole / 'students' / 'edm' / 'export').weights
+    assert found[part]['input'].channel_low.shape == (2, 8)
+    assert found['up_0/block_0/conv1']['input'].channel_low.shape == (2, 16)
 
 
 def test_every_artefact_is_there_and_complete(whole):
