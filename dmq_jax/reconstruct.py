@@ -33,7 +33,6 @@ from dmq_jax.methods.base import (
     Phase,
     State,
     apply_fake,
-    get_leaf,
     with_leaves,
     with_weights,
 )
@@ -359,7 +358,7 @@ def _learn_block(task, phase, block, state, inputs, i, *, key):
     def outputs(params, bound: Bound, args, kwargs, t):
         weights = {path: w for path, w in bound.weights.items() if path in plan}
         rows = denoisers.rows_at(denoisers.time_tables(bound, task.timesteps), t, task.lookup)
-        params = get_leaf(with_weights(with_leaves(params, bound.params), weights), block.path)
+        params = _part_of(with_weights(with_leaves(params, bound.params), weights), block.path)
         with recorded_calls(lambda path: path in block.outputs) as calls:
             output = apply_fake(
                 functools.partial(_apply, module), _inside(plan, block), params,
@@ -414,6 +413,13 @@ def _learn_block(task, phase, block, state, inputs, i, *, key):
                 f'{phase.name}; lower the learning rates, or check the calibration.'
             )
     return merge(state, part), (before, float(measure(part, params, sample)))
+
+
+def _part_of(params: PyTree, path: str) -> PyTree:
+    """The parameters of a module; none for a product, which has none."""
+    for part in filter(None, path.split('/')):
+        params = params.get(part, {})
+    return params
 
 
 def _apply(module, variables, args, kwargs):

@@ -1,5 +1,7 @@
 """TCAQ-DM on a network of one block with attention, small enough to compile in no time."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -145,6 +147,21 @@ def test_interpolated_rows_never_mix_two_kinds_of_grid(teacher, plan, stats, tim
     between = jnp.asarray(timesteps[:2].mean())
     rows = denoisers.rows_at(denoisers.time_tables(bound, timesteps), between, 'linear')
     assert float(rows['block_0/mix']['lhs']['powers']) in np.asarray(half_off['powers']).tolist()
+
+
+def test_a_product_outside_of_all_blocks_learns_by_itself(
+    teacher, plan, stats, timesteps, tmp_path
+):
+    only = {path: plan[path] for path in ('conv_out', 'block_0/mix')}
+    method = methods.make(METHOD, only, 50)
+    state = jax.jit(method.init)(teacher.params, stats, jax.random.key(0))
+    config = dataclasses.replace(CONFIG, num_iterations=4, num_rounds=1, blocks='conv_out')
+    learnt = reconstruct.run(
+        teacher, method, state, only, timesteps, 'nearest', config,
+        key=jax.random.key(2), workdir=tmp_path, description='test',
+    ).state  # fmt: skip
+    factors = [tree['input']['block_0/mix']['rhs'] for tree in (state, learnt)]
+    assert np.any(np.asarray(factors[0]) != np.asarray(factors[1]))
 
 
 def test_later_rounds_bring_the_inputs_of_calibration_nearer_to_those_of_inference(
