@@ -437,25 +437,25 @@ class QuantizedPredict:
         `calls` receives what each layer calls in integer mode; see `quant.layers.integer`.
         """
         rows = rows_at(params, t, self.lookup)
-        prediction = self._predict(params, rows, x, t, y)
+        prediction = self._predict(params, rows, (x, t, y), calls)
         correction = params.get('correction')
         if correction is None:
             return prediction
         return _corrected(prediction, at_timestep(correction, params['timesteps'], t))
 
-    def _predict(self, params: PyTree, rows: dict[str, Any], x: Array, t: Array, y: Array | None):
+    def _predict(self, params: PyTree, rows: dict[str, Any], inputs: tuple, calls: Any) -> Array:
         plan = dict(self.plan)
         if self.mode == 'fake':
             weights = params.get('weights')
             return apply_fake(
-                self.network.apply, plan, params['params'], rows, x, t, y, weights=weights
+                self.network.apply, plan, params['params'], rows, *inputs, weights=weights
             )
         entries = {path: dict(rows.get(path, {})) for path in plan}
         for path, weight in params['weights'].items():
             entries[path]['weight'] = weight
         with integer(plan, calls):
             variables = {'params': params['params'], 'quant': by_path(entries)}
-            return self.network.apply(variables, x, t, y)
+            return self.network.apply(variables, *inputs)
 
 
 def _corrected(prediction: Array, correction: dict[str, Array]) -> Array:
