@@ -504,21 +504,32 @@ def draw(
 
 def measure(context: Run, reference: evaluate.Reference) -> None:
     """Writes `metrics.json`: the protocol, and one row per network."""
+    names = (TEACHER, *context.config.students)
+    rows = [measure_network(context, reference, name) for name in progress(names, 'evaluate')]
+    facts = protocol(context, reference)
+    log.write_json(context.workdir / 'metrics.json', {'protocol': facts, 'rows': rows})
+    for line in tables.metrics_table(facts, rows):
+        print(line)
+
+
+def measure_network(context: Run, reference: evaluate.Reference, name: str) -> dict[str, Any]:
+    """The row of the teacher or of a student: what it is, and every metric of its images."""
+    teacher, drawn = samples(context, TEACHER), samples(context, name)
+    labels = drawn['labels'] if drawn['labels'].size else None
+    metrics = evaluate.run(
+        drawn['arr_0'], labels, reference, None if name == TEACHER else teacher['arr_0']
+    )
+    rate = float(drawn['images_per_second'])
+    rate = None if np.isnan(rate) else rate
+    return {
+        'name': name, **describe_network(context, name), **metrics, 'images_per_second': rate
+    }  # fmt: skip
+
+
+def protocol(context: Run, reference: evaluate.Reference) -> dict[str, Any]:
+    """What the metrics of a run depend on besides its networks."""
     config = context.config
-    teacher = samples(context, TEACHER)
-    rows = []
-    for name in progress((TEACHER, *config.students), 'evaluate'):
-        drawn = samples(context, name)
-        labels = drawn['labels'] if drawn['labels'].size else None
-        metrics = evaluate.run(
-            drawn['arr_0'], labels, reference, None if name == TEACHER else teacher['arr_0']
-        )
-        rate = float(drawn['images_per_second'])
-        rows.append(
-            {'name': name, **describe_network(context, name), **metrics,
-             'images_per_second': None if np.isnan(rate) else rate}
-        )  # fmt: skip
-    protocol = {
+    return {
         'distance': reference.name,
         'features': config.evaluate.features,
         'reference': config.evaluate.reference,
@@ -532,9 +543,6 @@ def measure(context: Run, reference: evaluate.Reference) -> None:
         'revision': log.git_revision(),
         **reference.protocol,
     }
-    log.write_json(context.workdir / 'metrics.json', {'protocol': protocol, 'rows': rows})
-    for line in tables.metrics_table(protocol, rows):
-        print(line)
 
 
 def analyse(context: Run, name: str) -> dict[str, Any]:

@@ -48,6 +48,7 @@ ALLOWED = {
     'api': {'artefacts', 'denoisers', 'teachers', 'kernels'} | STAGES | LIBRARIES,
     'inspect': {'denoisers', 'exporting', 'networks', 'reporting', 'teachers'} | LIBRARIES,
     'main': {'pipeline', 'command_line', 'runtime'},
+    'compare': {'artefacts', 'command_line', 'evaluate', 'pipeline', 'reporting', 'runtime'},
     # Commands of their own, beside the pipeline.
     'train_teacher': {'artefacts', 'command_line', 'denoisers', 'sampling', 'teachers'}
     | {'train_classifier'}

@@ -15,7 +15,11 @@ from dmq_jax.runtime import log
 
 TEACHER = 'teacher'
 IMPLEMENTATIONS = 'implementations.json'  # beside the images that a student drew on integers
-METHODS = {'round_to_nearest': 'round to nearest', 'efficientdm': 'EfficientDM'}
+METHODS = {
+    'round_to_nearest': 'round to nearest', 'efficientdm': 'EfficientDM',
+    'qdiffusion': 'Q-Diffusion', 'tcaq_dm': 'TCAQ-DM', 'tuneqdm': 'TuneQDM', 'lsq': 'LSQ',
+    'svdquant': 'SVDQuant', 'ptqd': 'PTQD', 'tfmq_dm': 'TFMQ-DM', 'repq_vit': 'RepQ-ViT',
+}  # fmt: skip
 
 
 class Artefacts(NamedTuple):

@@ -1,0 +1,71 @@
+"""All methods on the bundled Fashion-MNIST teacher, same seeds, same calibration, same evaluator.
+
+    CONFIG=configs/compare_fashion_mnist.py            # or :full
+    python -m dmq_jax.compare --config=$CONFIG --workdir=runs/compare
+
+`reduced`, the default: W4A8 with coverage `full` and W4A4 with `paper`, 500 images, half a minute
+of learning for each. `full`: W8A8, W4A8, W4A4, W2A8 with both coverages, 1,000 images, learning
+ten times as long. TuneQDM is not among them: it learns from images of the user, not bundled;
+see `configs/tuneqdm_fashion_mnist_w4a8.py`.
+"""
+
+from dmq_jax.config import base, student
+
+SETTINGS = {
+    'reduced': ('w4a8_full', 'w4a4_paper'),
+    'full': tuple(
+        f'{bits}_{coverage}'
+        for bits in ('w8a8', 'w4a8', 'w4a4', 'w2a8')
+        for coverage in ('paper', 'full')
+    ),
+}
+
+
+def cells(size: str):
+    """The methods, by name: their options, and how long they learn."""
+    times = {'reduced': 1, 'full': 10}[size]
+    learning = {'rounding_learning_rate': 2e-2}
+    blocks = {'num_iterations': 100 * times, 'num_timesteps': 10, 'num_images': 64}
+    tuned = {'num_iterations': 150 * times}
+    return {
+        'rtn_static': {'quant': {'per_timestep': False}},
+        'rtn': {},
+        'repq_vit': {'method': 'repq_vit'},
+        'svdquant': {'method': 'svdquant'},
+        'qdiffusion': {
+            'method': {'name': 'qdiffusion', 'learning': learning}, 'reconstruct': blocks,
+            'quant': {'per_timestep': False, 'split_shortcuts': True},
+        },
+        'tfmq_dm': {'method': {'name': 'tfmq_dm', 'learning': learning}, 'reconstruct': blocks},
+        'ptqd': {'method': {'name': 'ptqd', 'learning': learning}, 'reconstruct': blocks},
+        'tcaq_dm': {
+            'method': {'name': 'tcaq_dm', 'learning': learning},
+            'reconstruct': blocks | {'num_rounds': 2}, 'quant': {'per_timestep': False},
+        },
+        'efficientdm': {'method': 'efficientdm', 'finetune': tuned},
+        'efficientdm_factors': {
+            'method': {'name': 'efficientdm', 'channels': {'strength': 0.5}}, 'finetune': tuned,
+        },
+        'lsq': {'method': 'lsq', 'finetune': tuned},
+    }  # fmt: skip
+
+
+def get_config(size: str = 'reduced'):
+    """Options of the comparison; all defaults are in `dmq_jax.config`."""
+    if size not in SETTINGS:
+        raise ValueError(f'{size!r}: expected one of {", ".join(SETTINGS)} after the file name.')
+    config = base()
+    if size == 'reduced':
+        config.sample.num_images = 500
+    students = {}
+    for setting in SETTINGS[size]:
+        bits, coverage = setting.split('_')
+        widths = {'weight_bits': int(bits[1]), 'activation_bits': int(bits[3])}
+        for name, options in cells(size).items():
+            quant = widths | {'coverage': coverage} | options.get('quant', {})
+            rest = {key: options[key] for key in ('reconstruct', 'finetune') if key in options}
+            students[f'{name}_{setting}'] = student(
+                options.get('method', 'round_to_nearest'), quant=quant, **rest
+            )
+    config.students = students
+    return config

@@ -1,0 +1,93 @@
+"""All methods in one table, under the same seeds, calibration and evaluator.
+
+  python -m dmq_jax.compare --config=configs/compare_fashion_mnist.py --workdir=FOLDER
+
+Every student of the config is a cell: its method, its bits, its coverage. Cells are made one after
+another and each is kept, so a comparison that is stopped goes on where it was; after each cell
+`table.json`, `table.md` and `compare.html` show those there are. Batches are split over all
+devices, and over all hosts of a cluster, as in a run.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from dmq_jax import artefacts, command_line, evaluate, pipeline
+from dmq_jax import config as config_lib
+from dmq_jax.config import Config
+from dmq_jax.reporting import comparison
+from dmq_jax.runtime import hosts, log
+from dmq_jax.runtime.progress import progress
+
+
+def run(config: Config, workdir: Path) -> None:
+    """Makes what is missing of the table.
+
+    Args:
+      config: its students are the cells.
+      workdir: receives everything.
+
+    Raises:
+      ValueError: no student to compare; another process works in `workdir`, or it holds cells of
+        other options.
+    """
+    if not config.students:
+        raise ValueError('students={}: a comparison needs at least one student.')
+    reference = evaluate.load_reference(config.evaluate)
+    context = pipeline.open_run(config, workdir, reference)
+    with artefacts.sole_user(workdir):
+        pipeline.record(context)
+        rows = []
+        for name in progress((pipeline.TEACHER, *config.students), 'compare'):
+            rows.append(make_cell(context, reference, name))
+            table = {'protocol': pipeline.protocol(context, reference), 'rows': rows}
+            hosts.by_first(lambda table=table: write(workdir, config, table))
+    print(f'table: {workdir / "table.md"}, page: {workdir / "compare.html"}')
+
+
+def make_cell(context: pipeline.Run, reference: evaluate.Reference, name: str) -> dict[str, Any]:
+    """The row of one network, made with all that it stands on if it is not there."""
+    pipeline.samples(context, pipeline.TEACHER)
+    pipeline.samples(context, name)
+    folder = context.workdir / 'samples'
+    options = {
+        'samples': artefacts.fingerprint(folder / name),
+        'teacher': artefacts.fingerprint(folder / pipeline.TEACHER),
+        'evaluate': config_lib.to_dict(context.config.evaluate),
+    }
+    return artefacts.artefact(
+        context.workdir / 'cells' / name, options,
+        make=lambda: pipeline.measure_network(context, reference, name),
+        save=lambda path, row: log.write_json(path / 'row.json', row),
+        load=lambda path: json.loads((path / 'row.json').read_text()),
+    )  # fmt: skip
+
+
+def write(workdir: Path, config: Config, table: dict[str, Any]) -> None:
+    """The table in its three forms, each replaced as a whole."""
+    log.write_json(workdir / 'table.json', table)
+    pages = {
+        'table.md': comparison.markdown(table),
+        'compare.html': comparison.page(workdir, table, config.report.grid_size),
+    }
+    for name, text in pages.items():
+        partial = workdir / f'{name}.partial'
+        partial.write_text(text, encoding='utf-8')
+        os.replace(partial, workdir / name)
+
+
+def join_and_run(config: Config, workdir: Path) -> None:
+    """`run`, as one process of many where the environment says so."""
+    # Before anything that touches a device.
+    hosts.join(hosts.find_cluster(os.environ))
+    run(config, workdir)
+
+
+def main() -> None:
+    """Entry point of `python -m dmq_jax.compare`."""
+    command_line.run(Config, join_and_run, __doc__)
+
+
+if __name__ == '__main__':
+    main()
