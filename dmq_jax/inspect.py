@@ -1,6 +1,7 @@
 """What a checkpoint holds, and what quantizing it would cost.
 
   python -m dmq_jax.inspect PATH [--settings=...] [--components=...] [--batch-size=8]
+  python -m dmq_jax.inspect PATH --mesh=data=8,fsdp=4 --batch-size=64 [--device=h100]
 
 PATH is whatever `load_teacher` takes, or the folder of an export. Of a float network it prints
 family, parameters, process and condition, what the coverages 'paper' and 'full' would quantize, the
@@ -12,6 +13,10 @@ The memory is an estimate, of arrays alone: sampling holds the weights and, for 
 operands and results of the largest single operation of the network; fine-tuning holds the float
 weights, their codes and the gradient of these, a low-rank update with two moments of Adam, and for
 each image the result of every operation.
+
+With --mesh it says what one step of sampling and of fine-tuning costs each device: operations,
+memory, traffic, and with --device the time; see `dmq_jax.costs` for the model. What XLA reports of
+the compiled program stands beside it where the network is small enough.
 """
 
 import argparse
@@ -23,14 +28,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dmq_jax import denoisers, exporting, networks, teachers
+from dmq_jax import costs, denoisers, exporting, networks, teachers
 from dmq_jax.config import QuantConfig
 from dmq_jax.quant.plan import Plan, QuantizableLayer, split_layers
 from dmq_jax.reporting import tables
+from dmq_jax.runtime import mesh
 
 _WIDTHS = (8, 4, 2)
 _COVERAGES = ('paper', 'full')
-_RANK = 32
+_RANK = costs.RANK
+# Parameters: the compiled step of more takes minutes, and the memory of the machine.
+_COMPILED_UP_TO = 10e6
 
 
 class Activations(NamedTuple):
@@ -162,6 +170,30 @@ def _update_size(shape: tuple[int, ...] | None) -> int:
     return 0 if shape is None else _RANK * (math.prod(shape[:-1]) + shape[-1])
 
 
+def describe_costs(teacher: denoisers.Denoiser, given: argparse.Namespace) -> list[str]:
+    """What --mesh asks for.
+
+    Raises:
+      ValueError: a mesh or a device that cannot be, or a batch that does not divide over it.
+    """
+    shape = costs.parse_mesh(given.mesh)
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(teacher.params))
+    is_small = count <= _COMPILED_UP_TO
+    device_mesh = None
+    if given.compile == 'always' or (given.compile == 'auto' and is_small):
+        if mesh.emulate(shape.num_devices):
+            device_mesh = mesh.make_mesh(*shape)
+        elif given.compile == 'always':
+            raise ValueError(
+                f'--mesh={given.mesh}: {len(jax.devices())} devices; expected at least '
+                f'{shape.num_devices}. Leave xla_force_host_platform_device_count out of XLA_FLAGS.'
+            )
+    device = costs.choose_device(given.device, given.tflops, given.gbps, given.link_gbps)
+    return ['', *costs.report(
+        teacher, given.batch_size, shape, device=device, device_mesh=device_mesh
+    )]  # fmt: skip
+
+
 def _mb(size: float) -> str:
     return f'{size / 1e6:.1f} MB'
 
@@ -177,8 +209,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--settings', help='a published name or a JSON file')
     parser.add_argument('--components', help='a diffusers folder with what the checkpoint lacks')
     parser.add_argument('--batch-size', type=int, default=8, help='images, for memory and choices')
+    parser.add_argument('--mesh', help='axes and sizes, e.g. data=8,fsdp=4: costs per device')
+    parser.add_argument('--device', choices=costs.DEVICES, help='whose speed times are at')
+    for name, meaning in (
+        ('tflops', '10^12 operations per second of products'),
+        ('gbps', '10^9 bytes per second of memory'),
+        ('link-gbps', '10^9 bytes per second to other devices'),
+    ):
+        parser.add_argument(f'--{name}', type=float, help=f"{meaning}, instead of the device's")
+    parser.add_argument(
+        '--compile', choices=('auto', 'always', 'never'), default='auto',
+        help='with --mesh, XLA\'s own numbers; auto: up to 10 M parameters',
+    )  # fmt: skip
     given = parser.parse_args(arguments)
     try:
+        if given.mesh is not None:
+            # Before anything uses a device.
+            mesh.emulate(costs.parse_mesh(given.mesh).num_devices)
         if exporting.is_export(given.path):
             lines = describe_export(given.path, given.batch_size)
         else:
@@ -187,6 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 components=given.components, shapes_only=True,
             )  # fmt: skip
             lines = describe_teacher(teacher, given.batch_size)
+            if given.mesh is not None:
+                lines += describe_costs(teacher, given)
     except (ValueError, OSError) as error:
         print(f'Error: {error}', file=sys.stderr)
         return 2

@@ -46,7 +46,9 @@ ALLOWED = {
     | LIBRARIES,
     'command_line': set(),
     'api': {'artefacts', 'denoisers', 'teachers', 'kernels'} | STAGES | LIBRARIES,
-    'inspect': {'denoisers', 'exporting', 'networks', 'reporting', 'teachers'} | LIBRARIES,
+    'operations': set(),
+    'costs': {'denoisers', 'operations', 'kernels'} | STAGES | LIBRARIES,
+    'inspect': {'costs', 'denoisers', 'exporting', 'networks', 'reporting', 'teachers'} | LIBRARIES,
     'main': {'pipeline', 'command_line', 'runtime'},
     'compare': {'artefacts', 'command_line', 'evaluate', 'pipeline', 'reporting', 'runtime'},
     # Commands of their own, beside the pipeline.

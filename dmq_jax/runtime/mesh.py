@@ -10,8 +10,9 @@ Axes of the mesh: 'data' splits batches; 'fsdp' splits batches and, between thei
 
 import dataclasses
 import math
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,15 +38,19 @@ class Spread(NamedTuple):
 
     def spec(self, shape: Sequence[int], mesh: Mesh) -> tuple[str | None, ...]:
         """The mesh axis of every array axis."""
+        return self.split(shape, mesh.shape)
+
+    def split(self, shape: Sequence[int], sizes: Mapping[str, int]) -> tuple[str | None, ...]:
+        """`spec` on a mesh of these sizes, which need not exist."""
         result: list[str | None] = [None] * len(shape)
         if len(shape) < 2:
             return tuple(result)
-        if self.last is not None and shape[-1] % mesh.shape[self.last] == 0:
+        if self.last is not None and shape[-1] % sizes[self.last] == 0:
             result[-1] = self.last
         if self.largest is not None:
             free = [
                 i for i, size in enumerate(shape)
-                if result[i] is None and size % mesh.shape[self.largest] == 0
+                if result[i] is None and size % sizes[self.largest] == 0
             ]  # fmt: skip
             if free:
                 # The later of two equal ones: output channels, which no product sums over.
@@ -101,6 +106,20 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
     )
+
+
+def emulate(num_devices: int) -> bool:
+    """Makes CPU devices, on which programs are compiled rather than run; whether there are enough.
+
+    To be called before any device is used; afterwards those at hand must do.
+    """
+    if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
+        try:
+            jax.config.update('jax_num_cpu_devices', num_devices)
+            jax.config.update('jax_platforms', 'cpu')
+        except RuntimeError:
+            pass  # used already
+    return len(jax.devices()) >= num_devices
 
 
 def batch_parts(mesh: Mesh) -> int:
@@ -255,6 +274,14 @@ def on_whole(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     The result is a value: two calls with equal arguments give equal functions.
     """
     return function if mesh.shape['fsdp'] == 1 else _OnWhole(mesh, function)
+
+
+def abstract(mesh: Mesh, tree: Any, rules: Rules) -> Any:
+    """Shapes like the arrays of `tree`, placed by `rules`: to compile for what is not there."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree, shardings(mesh, tree, rules),
+    )  # fmt: skip
 
 
 def constrain(tree: Any, placement: Any) -> Any:
