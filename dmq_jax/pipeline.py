@@ -203,6 +203,7 @@ def open_run(config: Config, workdir: Path, reference: evaluate.Reference | None
     for name, student in config.students.items():
         if student.reconstruct.num_iterations:
             reconstruct.check(methods.make(student.method, plans[name]))
+            reconstruct.check_mesh(device_mesh, student.reconstruct)
         if student.adapt.num_iterations:
             read_images(teacher.info, student.adapt)
     for sampler in (config.sampler, config.calibrate.sampler, *(s.sampler for s in learning)):
@@ -315,7 +316,7 @@ def learn(context: Run, name: str) -> tuple[methods.Method, dict[str, Any], floa
         state, duration_s = learnt('reconstruct', lambda: reconstruct.run(
             context.teacher, method, state, *shared, student.reconstruct,
             key=jax.random.fold_in(key, 2), workdir=folder / 'reconstruct',
-            description=f'reconstruct {name}',
+            device_mesh=context.device_mesh, description=f'reconstruct {name}',
         ))  # fmt: skip
     if student.finetune.num_iterations:
         state, duration_s = learnt('finetune', lambda: finetune.run(

@@ -6,6 +6,10 @@ network quantized so far, and what leaves it in the float one, are kept in memor
 method's state then learns to map one to the other. Blocks are modules of the network, found by
 path; a quantized layer outside of them is a block by itself. The error of a block is
 mean over samples and positions of the sum over channels of |output - target|^norm.
+
+Over a mesh, the samples in memory are split over its devices, every batch of them too, and the
+state of a block by 'fsdp'. A run that is asked to stop does so within a block, of which nothing is
+kept: a restart goes on after the last whole one.
 """
 
 import dataclasses
@@ -38,10 +42,12 @@ from dmq_jax.methods.base import (
 )
 from dmq_jax.quant.layers import recorded_calls
 from dmq_jax.quant.plan import LayerSpec, Plan, layer_at
-from dmq_jax.runtime import log
+from dmq_jax.runtime import hosts, log, mesh
 from dmq_jax.runtime.checkpoint import Checkpoints
 from dmq_jax.runtime.progress import progress
 
+# How the state of a block and its moments lie on a mesh.
+_STATE_RULES = (('.*', mesh.Spread(largest='fsdp')),)
 _CHECK_EVERY = 100  # optimizer steps between looks at the loss, which wait for the device
 
 
@@ -94,6 +100,7 @@ def draw_inputs(
     config: ReconstructConfig,
     *,
     key: Key[Array, ''],
+    device_mesh: mesh.Mesh | None = None,
 ) -> Inputs:
     """`num_timesteps` evenly spaced moments of `num_images` trajectories.
 
@@ -104,10 +111,13 @@ def draw_inputs(
       denoiser: draws: the teacher, or a student.
       config: sampler, and how many.
       key: root key of the images.
+      device_mesh: splits every batch over its devices; None: one device.
     """
+    device_mesh = device_mesh or mesh.make_mesh(1)
     sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
     info, scale = teacher.info, config.sampler.guidance_scale
-    predict = denoisers.guided(denoiser.predict, info, scale)
+    predict = mesh.on_whole(device_mesh, denoisers.guided(denoiser.predict, info, scale))
+    weights = mesh.shard_weights(device_mesh, denoiser.params)
     steps = np.arange(config.num_timesteps) * (len(sampler.timesteps) // config.num_timesteps)
     labels = denoisers.balanced_labels(config.num_images, info.num_classes)
 
@@ -119,12 +129,16 @@ def draw_inputs(
         )
         return carries.x[steps]
 
-    moments = []
+    moments, parts = [], mesh.batch_parts(device_mesh)
     for begin in range(0, config.num_images, config.batch_size):
         indices = np.arange(begin, min(begin + config.batch_size, config.num_images))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(indices, jnp.uint32))
-        y = None if labels is None else jnp.asarray(labels[indices])
-        moments.append(np.asarray(draw(denoiser.params, sampler, keys, y)))
+        # Filled up to what the devices divide, and cut.
+        padded = np.resize(indices, -(-len(indices) // parts) * parts)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(padded, jnp.uint32))
+        y = None if labels is None else labels[padded]
+        keys, y = mesh.shard_batch(device_mesh, (keys, y))
+        drawn = mesh.fetch(device_mesh, draw(weights, sampler, keys, y))
+        moments.append(drawn[:, : len(indices)])
     x = np.concatenate(moments, axis=1)  # [timesteps, images, H, W, C]
     t = np.repeat(np.asarray(sampler.timesteps)[steps], config.num_images)
     x = x.reshape(-1, *x.shape[2:])
@@ -238,6 +252,8 @@ class _Task(NamedTuple):
     timesteps: Int[np.ndarray, 'S']
     lookup: str
     config: ReconstructConfig
+    device_mesh: mesh.Mesh
+    params: PyTree  # of the teacher, on the mesh
 
 
 def run(
@@ -252,6 +268,7 @@ def run(
     key: Key[Array, ''],
     workdir: Path,
     description: str,
+    device_mesh: mesh.Mesh | None = None,
 ) -> Reconstructed:
     """Passes every block through the phases of `method`; goes on after the last block in `workdir`.
 
@@ -266,13 +283,22 @@ def run(
       key: root key of trajectories and batches.
       workdir: receives the inputs of each round, checkpoints and `metrics.jsonl`.
       description: shown beside the progress.
+      device_mesh: what the work is split over; None: one device.
 
     Raises:
-      ValueError: the method has no phases, or the pattern of `config.blocks` matches nothing.
+      ValueError: the method has no phases, the pattern of `config.blocks` matches nothing, or a
+        batch does not divide over the devices.
       FloatingPointError: the error of a block is not finite; names the block.
+      Interrupted: the run was asked to stop; all whole blocks are saved.
     """
     check(method)
-    task = _Task(teacher, method, jax.jit(method.bind), plan, timesteps, lookup, config)
+    device_mesh = device_mesh or mesh.make_mesh(1)
+    check_mesh(device_mesh, config)
+    state = jax.device_get(state)
+    params = mesh.shard_weights(device_mesh, teacher.params)
+    task = _Task(
+        teacher, method, jax.jit(method.bind), plan, timesteps, lookup, config, device_mesh, params
+    )
     blocks = find_blocks(teacher, plan, config.blocks, method.joint)
     work = [
         (i, phase, block)
@@ -291,7 +317,7 @@ def run(
     ):
         done, spent_s = checkpoints.latest() or 0, 0.0
         if done:
-            restored, spent = checkpoints.restore(done, like=(state, jnp.zeros(())))
+            restored, spent = checkpoints.restore(done, like=(state, np.zeros((), np.float32)))
             state, spent_s = restored, float(spent)
         bar = progress(len(work), description, start=done)
         for index in bar:
@@ -305,8 +331,8 @@ def run(
             )
             bar.note(f'{block.name}: {errors[0]:.4g} -> {errors[1]:.4g}')
             now_s = spent_s + time.monotonic() - began
-            checkpoints.save(index + 1, (state, jnp.asarray(now_s, jnp.float32)))
-    return Reconstructed(jax.device_get(state), spent_s + time.monotonic() - began)
+            checkpoints.save(index + 1, (state, np.asarray(now_s, np.float32)))
+    return Reconstructed(state, spent_s + time.monotonic() - began)
 
 
 def check(method: Method) -> None:
@@ -322,6 +348,19 @@ def check(method: Method) -> None:
         )
 
 
+def check_mesh(device_mesh: mesh.Mesh, config: ReconstructConfig) -> None:
+    """Refuses samples or batches that do not divide over the devices.
+
+    Raises:
+      ValueError: naming sizes that would do.
+    """
+    mesh.check_batch_size(device_mesh, config.batch_size, name='reconstruct.batch_size')
+    num_samples = config.num_timesteps * config.num_images
+    mesh.check_batch_size(
+        device_mesh, num_samples, name='reconstruct.num_timesteps * num_images'
+    )  # fmt: skip
+
+
 def _is_learnt(spec: LayerSpec, phase: Phase) -> bool:
     """Whether a layer has what a phase is about: rounded activations, or else rounded weights."""
     return (spec.inputs if phase.rounds_inputs else spec.weight) is not None
@@ -330,17 +369,15 @@ def _is_learnt(spec: LayerSpec, phase: Phase) -> bool:
 def _round_inputs(task, state, i, *, key, workdir):
     """The inputs of round `i`: of the teacher's trajectories, later of the student's."""
     file = workdir / f'inputs_{i}.npz'
-    if file.is_file():
+    if hosts.by_first(file.is_file):
         return load_inputs(file)
-    denoiser = task.teacher
+    denoiser = task.teacher._replace(params=task.params)
     if i > 0:
-        bound = task.bind(task.teacher.params, state)
-        denoiser = denoisers.fake_student(
-            task.teacher, task.plan, bound, task.timesteps, task.lookup
-        )
+        bound = task.bind(task.params, state)
+        denoiser = denoisers.fake_student(denoiser, task.plan, bound, task.timesteps, task.lookup)
     key = jax.random.fold_in(jax.random.fold_in(key, 0), i)
-    inputs = draw_inputs(task.teacher, denoiser, task.config, key=key)
-    save_inputs(file, inputs, key)
+    inputs = draw_inputs(task.teacher, denoiser, task.config, key=key, device_mesh=task.device_mesh)
+    hosts.by_first(lambda: save_inputs(file, inputs, key))
     return inputs
 
 
@@ -353,7 +390,7 @@ def _learn_block(task, phase, block, state, inputs, i, *, key):
     inside = block.layers + block.fixed
     plan = {path: plan[path] for path in inside if path in plan}
     part = select(state, inside, task.plan)
-    params = task.teacher.params
+    params, device_mesh = task.params, task.device_mesh
 
     def outputs(params, bound: Bound, args, kwargs, t):
         weights = {path: w for path, w in bound.weights.items() if path in plan}
@@ -368,12 +405,16 @@ def _learn_block(task, phase, block, state, inputs, i, *, key):
         # What is not compared is not computed either, once compiled.
         return {path: calls[path].output for path in block.outputs} if block.outputs else output
 
+    def whole(tree):
+        return mesh.whole(device_mesh, tree)
+
     def error(params, bound, batch):
         got = outputs(params, bound, batch.args, batch.kwargs, batch.t)
         distances = jax.tree.map(functools.partial(_distance, phase.norm), got, batch.target)
         return sum(jax.tree.leaves(distances))
 
     def loss(part, params, batch, share):
+        part, params = whole(part), whole(params)
         value = error(params, phase.bind(params, part, share), batch)
         return value + phase.penalty(part, share)
 
@@ -384,27 +425,34 @@ def _learn_block(task, phase, block, state, inputs, i, *, key):
         indices = jax.random.randint(
             jax.random.fold_in(key, j), (task.config.batch_size,), 0, examples.t.size
         )
-        batch = jax.tree.map(lambda leaf: leaf[indices], examples)
+        batch = _split(device_mesh, jax.tree.map(lambda leaf: leaf[indices], examples))
         share = j.astype(jnp.float32) / num_iterations
         value, gradients = jax.value_and_grad(loss)(part, params, batch, share)
         # optax raises a float to its int32 step count, which strict promotion forbids.
         with jax.numpy_dtype_promotion('standard'):
             updates, moments = optimizer.update(gradients, moments, part)
         stands = jax.tree.map(jnp.zeros_like, select(updates, block.fixed, task.plan))
-        updates = merge(updates, stands)
-        return jax.tree.map(jnp.add, part, updates), moments, value
-
-    @jax.jit
-    def measure(part, params, batch):
-        return error(params, task.method.bind(params, part), batch)
+        learnt = jax.tree.map(jnp.add, part, merge(updates, stands)), moments
+        placement = mesh.shardings(device_mesh, learnt, _STATE_RULES)
+        return *mesh.constrain(learnt, placement), value
 
     # Enough to compare with, and no larger than a few batches.
     few = np.linspace(0, examples.t.size - 1, min(examples.t.size, 4 * task.config.batch_size))
-    sample = jax.tree.map(lambda leaf: leaf[few.astype(np.int32)], examples)
-    before = float(measure(part, params, sample))
+
+    @jax.jit
+    def measure(part, params, examples):
+        part, params = whole(part), whole(params)
+        batch = jax.tree.map(lambda leaf: leaf[few.astype(np.int32)], examples)
+        return error(params, task.method.bind(params, part), batch)
+
+    learnt = part, optimizer.init(part)
     # A copy: the step donates its state, and moments may be one array of zeros.
-    part, moments = jax.tree.map(jnp.copy, (part, optimizer.init(part)))
+    part, moments = jax.tree.map(
+        jnp.copy, mesh.place(learnt, mesh.shardings(device_mesh, learnt, _STATE_RULES))
+    )
+    before = float(measure(part, params, examples))
     for j in range(num_iterations):
+        hosts.stop_if_asked()
         part, moments, value = learn(part, moments, params, examples, jnp.asarray(j, jnp.int32))
         is_checked = j + 1 == num_iterations or (j + 1) % _CHECK_EVERY == 0
         if is_checked and not np.isfinite(float(value)):
@@ -412,7 +460,13 @@ def _learn_block(task, phase, block, state, inputs, i, *, key):
                 f'block {block.name!r}: the error is {float(value)} at iteration {j + 1} of '
                 f'{phase.name}; lower the learning rates, or check the calibration.'
             )
-    return merge(state, part), (before, float(measure(part, params, sample)))
+    after = float(measure(part, params, examples))
+    return merge(state, mesh.fetch(device_mesh, part)), (before, after)
+
+
+def _split(device_mesh, tree):
+    """Inside `jit`: samples, split over the devices."""
+    return mesh.constrain(tree, mesh.shardings(device_mesh, tree, (('.*', (mesh.BATCH,)),)))
 
 
 def _part_of(params: PyTree, path: str) -> PyTree:
@@ -451,6 +505,8 @@ def _examples(task, phase, block, state, inputs):
 
     @jax.jit
     def capture(params, quantized, inputs):
+        params, quantized = mesh.whole(task.device_mesh, (params, quantized))
+
         def call(run):
             with recorded_calls(lambda path: path == block.path) as calls:
                 run()
@@ -460,17 +516,16 @@ def _examples(task, phase, block, state, inputs):
         target = call(lambda: network.apply({'params': params}, x, t, y)).output
         student = call(lambda: predict(quantized, x, t, y))
         found['module'] = student.module
-        return student.args, student.kwargs, target
+        return _split(task.device_mesh, (student.args, student.kwargs, target))
 
-    params = task.teacher.params
+    params = task.params
     bound = task.bind(params, state)
     quantized = denoisers.fake_params(params, bound, task.timesteps)
     if not phase.rounds_inputs:
         quantized['tables'] = {}
-    args, kwargs, target = _in_batches(
-        lambda part: capture(params, quantized, part), inputs, task.config.batch_size
-    )
-    return found['module'], _Examples(args, kwargs, target, inputs.t)
+    args, kwargs, target = _in_batches(task, lambda part: capture(params, quantized, part), inputs)
+    t = mesh.shard_batch(task.device_mesh, inputs.t)
+    return found['module'], _Examples(args, kwargs, target, t)
 
 
 def _joint_examples(task, block, inputs):
@@ -479,24 +534,31 @@ def _joint_examples(task, block, inputs):
 
     @jax.jit
     def capture(params, part):
+        params = mesh.whole(task.device_mesh, params)
         with recorded_calls(lambda path: path in block.outputs) as calls:
             network.apply({'params': params}, *part)
-        return {path: calls[path].output for path in block.outputs}
+        outputs = {path: calls[path].output for path in block.outputs}
+        return _split(task.device_mesh, outputs)
 
-    target = _in_batches(
-        lambda part: capture(task.teacher.params, part), inputs, task.config.batch_size
-    )
+    target = _in_batches(task, lambda part: capture(task.params, part), inputs)
+    inputs = mesh.shard_batch(task.device_mesh, inputs)
     return network, _Examples(tuple(inputs), {}, target, inputs.t)
 
 
-def _in_batches(function, inputs, batch_size):
-    """What `function` makes of `inputs`, a batch at a time."""
-    size = min(batch_size, len(inputs.t))
-    parts = [
-        function(jax.tree.map(lambda leaf, b=begin: leaf[b : b + size], inputs))
-        for begin in range(0, len(inputs.t), size)
-    ]
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+def _in_batches(task, function, inputs):
+    """What `function` makes of `inputs`, a batch at a time, split over the devices."""
+    size = min(task.config.batch_size, len(inputs.t))
+    parts = []
+    for begin in range(0, len(inputs.t), size):
+        part = jax.tree.map(lambda leaf, b=begin: leaf[b : b + size], inputs)
+        parts.append(function(mesh.shard_batch(task.device_mesh, part)))
+
+    @jax.jit
+    def join(parts):
+        joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+        return _split(task.device_mesh, joined)
+
+    return join(parts)
 
 
 def save_inputs(path: str | os.PathLike, inputs: Inputs, key: Key[Array, '']) -> None:

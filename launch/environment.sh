@@ -1,9 +1,10 @@
+# shellcheck shell=bash
 # Sourced by the launch scripts: enters the repository and makes its .venv with what is asked for.
 # Use: source launch/environment.sh REQUIREMENTS_FILE...
 # PYTHON names another interpreter (3.11 or newer); the environment is reused while the
 # requirements files stay the same.
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 PYTHON=${PYTHON:-python3}
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "Error: $PYTHON is $("$PYTHON" --version 2>&1 || true): Python 3.11 or newer is needed;" \

@@ -2,7 +2,7 @@
 # Runs one run as N processes on this machine, its GPUs (or CPU devices) split among them.
 # Use: bash launch/local.sh N --config=configs/FILE.py --workdir=FOLDER [further arguments]
 # GPUs: those in CUDA_VISIBLE_DEVICES, or all; without any, each process has CPU_DEVICES (1) of them.
-# PYTHON names the interpreter (.venv, else python3); PORT the port on which they meet (a free one).
+# PYTHON (.venv, else python3), PORT (a free one), MODULE (dmq_jax.main): what runs, where they meet.
 # Ends with the status of the first process that fails; 75 means stopped and saved: run it again.
 set -euo pipefail
 if [ $# -lt 2 ] || ! [ "$1" -ge 1 ] 2>/dev/null; then
@@ -45,7 +45,7 @@ for ((id = 0; id < count; id++)); do
         flags="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${CPU_DEVICES:-1}"
         devices=(JAX_PLATFORMS=cpu "XLA_FLAGS=$flags")
     fi
-    env "${devices[@]}" "$python" -m dmq_jax.main "$@" \
+    env "${devices[@]}" "$python" -m "${MODULE:-dmq_jax.main}" "$@" \
         --coordinator="127.0.0.1:$port" --num_processes="$count" --process_id="$id" &
     pids+=($!)
 done

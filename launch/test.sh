@@ -3,6 +3,7 @@
 # Further arguments go to pytest: bash launch/test.sh tests/quant -k observers
 # 'slow' and 'gpu' tests are left out; add them with: bash launch/test.sh -m "slow or gpu"
 set -euo pipefail
+# shellcheck source=launch/environment.sh
 source "$(dirname "$0")/environment.sh" requirements-test.txt requirements-text.txt requirements.txt
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

@@ -48,6 +48,7 @@ ALLOWED = {
     'api': {'artefacts', 'denoisers', 'teachers', 'kernels'} | STAGES | LIBRARIES,
     'operations': set(),
     'costs': {'denoisers', 'operations', 'kernels'} | STAGES | LIBRARIES,
+    'scaling': {'costs', 'teachers'} | LIBRARIES,
     'inspect': {'costs', 'denoisers', 'exporting', 'networks', 'reporting', 'teachers'} | LIBRARIES,
     'main': {'pipeline', 'command_line', 'runtime'},
     'compare': {'artefacts', 'command_line', 'evaluate', 'pipeline', 'reporting', 'runtime'},

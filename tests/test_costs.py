@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmq_jax import costs, denoisers, inspect
+from dmq_jax import costs, denoisers, inspect, sampling
 from dmq_jax.runtime import mesh
 from tests import tiny
 
@@ -166,3 +166,31 @@ def test_the_command_says_what_a_mesh_costs(capsys, tmp_path):
     assert '--batch-size=12 is not divisible by the 8 parts' in capsys.readouterr().err
     assert inspect.main([folder, '--mesh=data=2,model=2']) == 2
     assert 'data=N' in capsys.readouterr().err
+
+
+def sampling_loop(teacher, shape, batch_size=16):
+    """Collectives of the compiled loop of a sampler of three steps, and the split weights."""
+    device_mesh = mesh.make_mesh(*shape)
+    sampler = denoisers.make_denoiser_sampler(teacher, tiny.SAMPLER)
+    keys = jax.random.split(jax.random.key(0), batch_size)
+    keys, labels = mesh.shard_batch(device_mesh, (keys, np.zeros(batch_size, np.int32)))
+    params = mesh.shard_weights(device_mesh, teacher.params)
+    program = sampling.sample_batch.lower(
+        mesh.on_whole(device_mesh, teacher.predict), teacher.info, 1.0, params, sampler, keys,
+        labels,
+    )  # fmt: skip
+    split = [a for a in jax.tree.leaves(params) if a.addressable_shards[0].data.size < a.size]
+    return costs.collectives(program.compile().as_text()), sorted(a.nbytes for a in split)
+
+
+def test_a_sampling_loop_gathers_each_split_weight_once_before_it_begins(plain):
+    found, split = sampling_loop(plain_with_numbers(plain), (2, 4, 1))
+    assert {each.kind for each in found} == {'all-gather'}
+    assert {each.group_size for each in found} == {4}
+    # Every split weight as a whole, once, and nothing that is whole already.
+    assert sorted(each.size for each in found) == split
+    assert not any(each.in_loop for each in found)
+
+
+def plain_with_numbers(teacher):
+    return teacher._replace(params=tiny.random_like(teacher.params))

@@ -21,7 +21,7 @@ from dmq_jax.methods import base
 from dmq_jax.quant.layers import collect_stats, observe_inputs
 from dmq_jax.quant.plan import LayerSpec
 from dmq_jax.quant.tensor import QuantSpec
-from dmq_jax.runtime import log
+from dmq_jax.runtime import hosts, log, mesh
 
 
 class Block(nn.Module):
@@ -200,6 +200,57 @@ def test_a_killed_run_ends_with_the_same_state(learnt, tmp_path):
     resumed = learnt.run(folder=tmp_path / 'killed')
     jax.tree.map(np.testing.assert_array_equal, resumed.state, learnt.state)
     assert len(log.read_metrics(tmp_path / 'killed')) == last
+
+
+SHORT = ReconstructConfig(
+    num_iterations=20, batch_size=16, num_timesteps=2, num_images=16, sampler=SAMPLER
+)
+
+
+def reconstruct_on(teacher, plan, stats, folder, *sizes):
+    method, state = start(teacher, plan, stats, QDIFFUSION)
+    learnt = reconstruct.run(
+        teacher, method, state, plan, TIMESTEPS, 'nearest', SHORT, key=jax.random.key(2),
+        workdir=folder, description='test', device_mesh=mesh.make_mesh(*sizes),
+    )  # fmt: skip
+    return learnt.state, log.read_metrics(folder)
+
+
+@pytest.fixture(scope='module')
+def on_one(teacher, plan, stats, tmp_path_factory):
+    return reconstruct_on(teacher, plan, stats, tmp_path_factory.mktemp('one'), 1)
+
+
+@pytest.mark.parametrize('sizes', [(8,), pytest.param((2, 4), marks=pytest.mark.slow)])
+def test_the_errors_do_not_depend_on_the_devices(teacher, plan, stats, on_one, tmp_path, sizes):
+    _, rows = reconstruct_on(teacher, plan, stats, tmp_path, *sizes)
+    assert len(rows) == len(on_one[1]) == 2 * len(BLOCKS)
+    for one, many in zip(on_one[1], rows, strict=True):
+        assert one.keys() == many.keys()
+        # Sums in another order; Adam makes a step of the learning rate from a tiny gradient too.
+        for name in one.keys() - {'step', 'time'}:
+            np.testing.assert_allclose(many[name], one[name], rtol=1e-3, err_msg=name)
+
+
+def test_a_run_that_is_asked_to_stop_goes_on_to_the_same_state(
+    teacher, plan, stats, on_one, tmp_path, monkeypatch
+):
+    # In the middle of the third block.
+    answers = iter([False] * 50 + [True])
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts, 'stop_requested', lambda: next(answers))
+        with pytest.raises(SystemExit) as stopped:
+            reconstruct_on(teacher, plan, stats, tmp_path, 1)
+    assert stopped.value.code == hosts.REQUEUE
+    assert len(log.read_metrics(tmp_path)) == 2
+    state, rows = reconstruct_on(teacher, plan, stats, tmp_path, 1)
+    jax.tree.map(np.testing.assert_array_equal, state, on_one[0])
+    assert [row['step'] for row in rows] == list(range(1, 2 * len(BLOCKS) + 1))
+
+
+def test_samples_that_do_not_divide_over_the_devices_are_refused(teacher, plan, stats, tmp_path):
+    with pytest.raises(ValueError, match='reconstruct.batch_size=16 is not divisible by 3'):
+        reconstruct_on(teacher, plan, stats, tmp_path, 3)
 
 
 def test_a_part_of_a_state_binds_to_a_part_of_the_network(teacher, plan, learnt):
