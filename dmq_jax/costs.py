@@ -323,12 +323,12 @@ def collectives(text: str) -> tuple[Collective, ...]:
 
 
 def _group_size(line: str) -> int:
-    # One of {{0,1},{2,3}}, [groups,devices of each]<=[...], mesh['a'=2,'b'=4] {'a'}.
+    # {{0,1},{2,3}}, [groups,devices of each]<=[...], or mesh['a'=2,'b'=4], ... {'a'}.
     if listed := re.search(r'replica_groups=\{\{([\d,]*)\}', line):
         return len(listed[1].split(','))
     if iota := re.search(r'replica_groups=\[\d+,(\d+)\]', line):
         return int(iota[1])
-    if named := re.search(r'replica_groups=mesh\[(.*?)\] \{(.*?)\}', line):
+    if named := re.search(r"replica_groups=mesh\[(.*?)\].*?\{('.*?)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
         # A part of an axis is written 'a':(before)size.
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])

@@ -107,6 +107,48 @@ def test_a_whole_run_stopped_and_continued_by_other_numbers_of_processes_ends_th
     np.testing.assert_allclose(*[[run[step] for step in steps] for run in runs], rtol=1e-3)
 
 
+NUM_KILLS = 4
+# The script kills the others as soon as it has seen one end; the rest is a busy machine.
+STOPPED_WITHIN_S = 30
+
+
+@pytest.mark.slow
+def test_a_run_whose_processes_are_killed_at_random_moments_ends_with_the_same_metrics(
+    config_file, tmp_path
+):
+    cache = tmp_path / 'compiled'
+    arguments = [f'--config={config_file}', '--config.mesh.data=2']
+    arguments.append('--stages=calibrate,finetune,export,sample,evaluate')
+    for name in ('first', 'whole'):  # the first one compiles, the second says how long a run takes
+        began = time.monotonic()
+        process = start(2, *arguments, f'--workdir={tmp_path / name}', cache=cache)
+        _, errors = process.communicate(timeout=900)
+        assert process.returncode == 0, errors
+    duration_s = time.monotonic() - began
+
+    rng = np.random.default_rng(7)
+    killed, rounds = tmp_path / 'killed', []
+    while len(rounds) < NUM_KILLS:
+        process = start(2, *arguments, f'--workdir={killed}', cache=cache)
+        time.sleep(rng.uniform(0.2, 0.9) * duration_s)
+        children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+        if process.poll() is not None or len(children) < 2:
+            break  # it got to its end: less was left than the first time
+        os.kill(int(children[rng.integers(2)]), signal.SIGKILL)
+        began = time.monotonic()
+        _, errors = process.communicate(timeout=STOPPED_WITHIN_S)
+        rounds.append(time.monotonic() - began)
+        assert process.returncode == 128 + signal.SIGKILL, errors
+        assert 'ended with status 137; stopping the others' in errors
+    assert len(rounds) >= 2, rounds
+    process = start(2, *arguments, f'--workdir={killed}', cache=cache)
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    assert story.metrics_of(killed) == story.metrics_of(tmp_path / 'whole')
+    images = [read_images(tmp_path / name, 'edm')[0] for name in ('killed', 'whole')]
+    np.testing.assert_array_equal(*images)
+
+
 def sums_of_losses(workdir):
     """By step, the sum of the losses until there: a stop splits the mean that a line holds."""
     lines = log.read_metrics(workdir / 'students' / 'edm' / 'finetune')
