@@ -24,8 +24,10 @@ row() {
 "$python" -m dmq_jax.scaling --header
 for count in $devices; do row 1 "$count" "data=$count" $((batch * count)) "$@"; done
 for count in $devices; do
-    # The same as the first row above.
-    [ "$count" -eq 1 ] || row 1 "$count" "data=$count" "$batch" "$@"
+    # One device has had its row; a batch that does not divide has none.
+    if [ "$count" -gt 1 ] && [ $((batch % count)) -eq 0 ]; then
+        row 1 "$count" "data=$count" "$batch" "$@"
+    fi
 done
 [ "$largest" -eq 1 ] || row 1 "$largest" "fsdp=$largest" $((batch * largest)) "$@"
 if [ "$processes" -gt 1 ] && [ $((largest % processes)) -eq 0 ]; then

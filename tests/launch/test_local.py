@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from dmq_jax.runtime import hosts, log
 from tests import test_pipeline as story
@@ -107,6 +108,40 @@ def test_a_whole_run_stopped_and_continued_by_other_numbers_of_processes_ends_th
     np.testing.assert_allclose(*[[run[step] for step in steps] for run in runs], rtol=1e-3)
 
 
+BLOCKS = """config.students = {{}}
+    config.students.blocks = student(
+        dict(name='qdiffusion'), quant=quant,
+        reconstruct=dict(num_iterations=10, batch_size=4, num_timesteps=2, num_images=4,
+                         sampler=dict(num_steps=2)),
+    )
+    return config"""
+
+
+@pytest.mark.slow
+def test_blocks_are_reconstructed_by_two_processes_as_by_one_stopped_or_not(config_file, tmp_path):
+    file = config_file.with_name('blocks.py')
+    file.write_text(config_file.read_text().replace('return config', BLOCKS.format()))
+    arguments = [f'--config={file}', '--config.mesh.data=2', '--stages=calibrate,finetune']
+    cache, moved = tmp_path / 'compiled', tmp_path / 'moved'
+    whole = start(1, *arguments, f'--workdir={tmp_path}/whole', cache=cache, devices=2)
+    _, errors = whole.communicate(timeout=900)
+    assert whole.returncode == 0, errors
+    process = start(2, *arguments, f'--workdir={moved}', cache=cache)
+    folder = Path('students') / 'blocks'
+    story.wait_for_checkpoint(process, moved / folder / 'reconstruct' / 'checkpoints', 600)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == hosts.REQUEUE, errors
+    process = start(2, *arguments, f'--workdir={moved}', cache=cache)
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    name = folder / 'reconstructed' / 'state.safetensors'
+    one, two = (safetensors.numpy.load_file(root / name) for root in (tmp_path / 'whole', moved))
+    assert one.keys() == two.keys()
+    for key in one:
+        np.testing.assert_array_equal(one[key], two[key], err_msg=key)
+
+
 NUM_KILLS = 4
 # The script kills the others as soon as it has seen one end; the rest is a busy machine.
 STOPPED_WITHIN_S = 30
@@ -133,6 +168,7 @@ def test_a_run_whose_processes_are_killed_at_random_moments_ends_with_the_same_m
         time.sleep(rng.uniform(0.2, 0.9) * duration_s)
         children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
         if process.poll() is not None or len(children) < 2:
+            process.communicate()
             break  # it got to its end: less was left than the first time
         os.kill(int(children[rng.integers(2)]), signal.SIGKILL)
         began = time.monotonic()
