@@ -435,7 +435,9 @@ def samples(context: Run, name: str) -> dict[str, np.ndarray]:
         labels = {'arr_1': drawn['labels'].astype(np.int64)} if drawn['labels'].size else {}
         np.savez_compressed(path / 'images.npz', **drawn, **labels)
         if options.get('mode') == 'integer':
-            ran = exporting.implementations(exported(context, name), config.sample.batch_size)
+            # Read as it is: `exported` is for all processes together, and this one saves alone.
+            model = exporting.load(student_folder(context, name) / 'export')
+            ran = exporting.implementations(model, config.sample.batch_size)
             log.write_json(path / IMPLEMENTATIONS, ran)
         count = min(config.report.grid_size**2, config.sample.num_images)
         grid = sampling.image_grid(drawn['arr_0'][:count], columns=config.report.grid_size)
