@@ -25,7 +25,7 @@ def get_config():
         'on_dequantized': student(
             {'name': 'efficientdm', 'base': 'dequantized'}, finetune=finetune
         ),
-        'feature_loss': student({'name': 'efficientdm', 'loss': 'feature'}, finetune=finetune),
+        'output_loss': student({'name': 'efficientdm', 'loss': 'output'}, finetune=finetune),
         'target_prediction': student('efficientdm', finetune=finetune | {'target': 'prediction'}),
         'target_step': student('efficientdm', finetune=finetune | {'target': 'step'}),
         'drawn_by_student': student('efficientdm', finetune=finetune | {'drawn_by': 'student'}),

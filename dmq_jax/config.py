@@ -300,8 +300,8 @@ class EfficientDMConfig:
     # TCAQ-DM's factors of input channels, before the low-rank update; the paper has none
     channels: ChannelFactorsConfig = ChannelFactorsConfig(strength=0.0)
     # 'output': compare predictions; 'feature': also what the modules `feature_layers` put out
-    loss: Literal['output', 'feature'] = 'output'
-    feature_layers: str = r'.*/(block|attention)_\d+'  # regular expression over module paths
+    loss: Literal['output', 'feature'] = 'feature'
+    feature_layers: str = r'(.*/)?(block|attention)_\d+'  # regular expression over module paths
     feature_weight: float = 0.1  # of the features' relative error, beside the output's
 
     def __post_init__(self):

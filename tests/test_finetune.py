@@ -203,6 +203,7 @@ def test_a_finished_trajectory_starts_from_new_noise_and_a_class_of_its_own(prob
     assert set(np.asarray(after.labels).tolist()) <= {0, 1, 2}
 
 
+@pytest.mark.slow  # test_pipeline kills a whole run and compares its metrics
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(problem, tmp_path, monkeypatch):
     config = make_config()
     whole = run(problem, config, tmp_path / 'whole')

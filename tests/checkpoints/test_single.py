@@ -66,6 +66,7 @@ def test_a_compvis_checkpoint_goes_all_the_way(tmp_path):
     travel(teacher, tmp_path, guidance_scale=3.0)
 
 
+@pytest.mark.slow  # a minute of compiling
 def test_a_dit_checkpoint_goes_all_the_way(tmp_path):
     file = tiny.save_torch(tmp_path / 'DiT.pt', tiny.dit_tensors())
     settings = tiny.settings_file(tmp_path, network={'head_dim': 16})

@@ -164,6 +164,7 @@ def test_a_product_outside_of_all_blocks_learns_by_itself(
     assert np.any(np.asarray(factors[0]) != np.asarray(factors[1]))
 
 
+@pytest.mark.slow  # a minute of compiling
 def test_later_rounds_bring_the_inputs_of_calibration_nearer_to_those_of_inference(
     teacher, plan, start, timesteps, tmp_path
 ):
