@@ -47,12 +47,14 @@ class Series(NamedTuple):
       color: CSS class, 'c0' and so on.
       points: (x, y); those that are not finite are left out.
       dashed: for what a line started from.
+      dotted: its points are shown, which a line of a single one needs.
     """
 
     name: str
     color: str
     points: Sequence[tuple[float, float]] = ()
     dashed: bool = False
+    dotted: bool = False
 
 
 class Axis(NamedTuple):
@@ -182,7 +184,10 @@ def line_chart(
             parts.append(f'<path class="line {one.color}{dashed}" d="{path}"/>')
         for a, b in points[:: max(1, len(points) // _MOST_HITS)]:
             note = f'{one.name}: {format_number(b)} at {format_number(a)}'
-            parts.append(_hit(x(a), y(b), one.color, note))
+            if one.dotted:
+                parts.append(_dot(x(a), y(b), one.color, note, radius=4.5))
+            else:
+                parts.append(_hit(x(a), y(b), one.color, note))
     return _svg(parts, height, title, width)
 
 

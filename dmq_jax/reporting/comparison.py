@@ -12,11 +12,10 @@ from dmq_jax.reporting import charts
 from dmq_jax.reporting.charts import Axis, Series
 from dmq_jax.reporting.markup import document, escape, figure
 from dmq_jax.reporting.outcome_sections import images_section
-from dmq_jax.reporting.results import METHODS, TEACHER, Artefacts
+from dmq_jax.reporting.results import METHODS, NUM_COLORS, TEACHER, Artefacts
 from dmq_jax.reporting.tables import best_values, columns, is_known
 
 Row = Mapping[str, Any]
-_NUM_COLORS = 10  # of style.css
 
 
 def setting(row: Row) -> str:
@@ -130,7 +129,7 @@ def _verdict(settings: Mapping[str, Sequence[Row]], rows: Sequence[Row], distanc
 def _series(rows: Sequence[Row]) -> list[Series]:
     """One per method, in a colour that it keeps on the whole page."""
     names = dict.fromkeys(method_name(row) for row in rows if row['name'] != TEACHER)
-    return [Series(name, f'c{index % _NUM_COLORS}') for index, name in enumerate(names)]
+    return [Series(name, f'c{index % NUM_COLORS}') for index, name in enumerate(names)]
 
 
 def _bits_chart(settings, rows, distance) -> str:
@@ -148,6 +147,7 @@ def _bits_chart(settings, rows, distance) -> str:
         f'<div>{charts.legend(series)}{chart}</div>',
         'One row per width and coverage, one dot per method; the grey dot is the teacher. '
         'Hover for numbers.',
+        'beside',
     )
 
 
@@ -171,7 +171,7 @@ def _cost_charts(settings, rows, distance) -> str:
             # A method that learns nothing has no place on an axis of minutes.
             points = [(x, y) for x, y in points if x > 0]
             if points:
-                series.append(one._replace(points=points))
+                series.append(one._replace(points=points, dotted=True))
         if series:
             chart = charts.line_chart(series, Axis(label), Axis(distance, log=True), title=label)
             drawn.append(f'<div>{charts.legend(series)}{chart}</div>')
@@ -212,6 +212,8 @@ def _results(settings, rows, distance) -> str:
 
 def _grids(workdir: Path, settings, protocol: Mapping[str, Any], grid_size: int) -> str:
     """Per setting, the same seeds drawn by the teacher and by every method."""
+    # All methods in every grid's list: a method keeps its colour.
+    methods = list(dict.fromkeys(method_name(r) for group in settings.values() for r in group))
     result = ''
     for name, group in settings.items():
         images, titles = {}, {TEACHER: TEACHER} | {r['name']: method_name(r) for r in group}
@@ -220,7 +222,7 @@ def _grids(workdir: Path, settings, protocol: Mapping[str, Any], grid_size: int)
                 images[title] = {part: arrays[part] for part in ('arr_0', 'labels')}
         shown = Artefacts(
             config={'config': {'evaluate': protocol}}, metrics={},
-            students=[t for t in images if t != TEACHER], images=images,
+            students=methods, images=images,
             losses={}, exports={}, analyses={}, calibration=None,
         )  # fmt: skip
         columns_shown = max(2, math.ceil(grid_size / 2))

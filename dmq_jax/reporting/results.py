@@ -14,6 +14,7 @@ from dmq_jax.reporting.charts import Series
 from dmq_jax.runtime import log
 
 TEACHER = 'teacher'
+NUM_COLORS = 10  # of style.css
 IMPLEMENTATIONS = 'implementations.json'  # beside the images that a student drew on integers
 METHODS = {
     'round_to_nearest': 'round to nearest', 'efficientdm': 'EfficientDM',
@@ -54,7 +55,7 @@ class Artefacts(NamedTuple):
 
     def series(self, name: str, **options: Any) -> Series:
         """The series of a network, in its colour."""
-        index = 'teacher' if name == TEACHER else self.students.index(name) % 8
+        index = 'teacher' if name == TEACHER else self.students.index(name) % NUM_COLORS
         return Series(name, f'c{index}', **options)
 
     def student_config(self, name: str) -> dict[str, Any]:

@@ -117,3 +117,10 @@ def test_names_are_escaped():
     )
     assert '<b>' not in svg + charts.legend([Series(name, 'c0')])
     assert name in [e.text for e in elements(svg, 'text')]
+
+
+def test_a_dotted_series_of_one_point_can_be_seen():
+    one = charts.Series('a', 'c0', points=[(1.0, 2.0)])
+    axes = charts.Axis('x'), charts.Axis('y')
+    assert 'class="dot c0"' not in charts.line_chart([one], *axes)
+    assert 'class="dot c0"' in charts.line_chart([one._replace(dotted=True)], *axes)
