@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dmq_jax import artefacts, command_line, evaluate, pipeline
 from dmq_jax import config as config_lib
 from dmq_jax.config import Config
@@ -38,18 +40,29 @@ def run(config: Config, workdir: Path) -> None:
     context = pipeline.open_run(config, workdir, reference)
     with artefacts.sole_user(workdir):
         pipeline.record(context)
-        rows = []
+        teacher, rows = pipeline.samples(context, pipeline.TEACHER), []
         for name in progress((pipeline.TEACHER, *config.students), 'compare'):
-            rows.append(make_cell(context, reference, name))
+            rows.append(make_cell(context, reference, name, teacher))
             table = {'protocol': pipeline.protocol(context, reference), 'rows': rows}
             hosts.by_first(lambda table=table: write(workdir, config, table))
     print(f'table: {workdir / "table.md"}, page: {workdir / "compare.html"}')
 
 
-def make_cell(context: pipeline.Run, reference: evaluate.Reference, name: str) -> dict[str, Any]:
-    """The row of one network, made with all that it stands on if it is not there."""
-    pipeline.samples(context, pipeline.TEACHER)
-    pipeline.samples(context, name)
+def make_cell(
+    context: pipeline.Run,
+    reference: evaluate.Reference,
+    name: str,
+    teacher: dict[str, np.ndarray],
+) -> dict[str, Any]:
+    """The row of one network, made with all that it stands on if it is not there.
+
+    Args:
+      context: of the comparison.
+      reference: what the images are compared with.
+      name: of the network.
+      teacher: images of the teacher, from `pipeline.samples`.
+    """
+    drawn = teacher if name == pipeline.TEACHER else pipeline.samples(context, name)
     folder = context.workdir / 'samples'
     options = {
         'samples': artefacts.fingerprint(folder / name),
@@ -58,7 +71,7 @@ def make_cell(context: pipeline.Run, reference: evaluate.Reference, name: str) -
     }
     return artefacts.artefact(
         context.workdir / 'cells' / name, options,
-        make=lambda: pipeline.measure_network(context, reference, name),
+        make=lambda: pipeline.measure_network(context, reference, name, drawn, teacher),
         save=lambda path, row: log.write_json(path / 'row.json', row),
         load=lambda path: json.loads((path / 'row.json').read_text()),
     )  # fmt: skip

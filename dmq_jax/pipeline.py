@@ -507,17 +507,32 @@ def draw(
 
 def measure(context: Run, reference: evaluate.Reference) -> None:
     """Writes `metrics.json`: the protocol, and one row per network."""
-    names = (TEACHER, *context.config.students)
-    rows = [measure_network(context, reference, name) for name in progress(names, 'evaluate')]
+    teacher, rows = samples(context, TEACHER), []
+    for name in progress((TEACHER, *context.config.students), 'evaluate'):
+        drawn = teacher if name == TEACHER else samples(context, name)
+        rows.append(measure_network(context, reference, name, drawn, teacher))
     facts = protocol(context, reference)
     log.write_json(context.workdir / 'metrics.json', {'protocol': facts, 'rows': rows})
     for line in tables.metrics_table(facts, rows):
         print(line)
 
 
-def measure_network(context: Run, reference: evaluate.Reference, name: str) -> dict[str, Any]:
-    """The row of the teacher or of a student: what it is, and every metric of its images."""
-    teacher, drawn = samples(context, TEACHER), samples(context, name)
+def measure_network(
+    context: Run,
+    reference: evaluate.Reference,
+    name: str,
+    drawn: dict[str, np.ndarray],
+    teacher: dict[str, np.ndarray],
+) -> dict[str, Any]:
+    """The row of the teacher or of a student: what it is, and every metric of its images.
+
+    Args:
+      context: of the run.
+      reference: what the images are compared with.
+      name: of the network.
+      drawn: its images, from `samples`.
+      teacher: the teacher's, from the same noise.
+    """
     labels = drawn['labels'] if drawn['labels'].size else None
     metrics = evaluate.run(
         drawn['arr_0'], labels, reference, None if name == TEACHER else teacher['arr_0']

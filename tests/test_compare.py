@@ -100,11 +100,11 @@ def test_cells_made_before_a_stop_are_kept(workdir, config, tmp_path, monkeypatc
 
     original, made = compare.pipeline.measure_network, []
 
-    def measure(context, reference, name):
+    def measure(context, reference, name, *images):
         if name == 'rtn_w3a3' and not made:
             made.append(name)
             raise Stopped
-        return original(context, reference, name)
+        return original(context, reference, name, *images)
 
     monkeypatch.setattr(compare.pipeline, 'measure_network', measure)
     with pytest.raises(Stopped):
