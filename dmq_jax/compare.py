@@ -80,14 +80,9 @@ def make_cell(
 def write(workdir: Path, config: Config, table: dict[str, Any]) -> None:
     """The table in its three forms, each replaced as a whole."""
     log.write_json(workdir / 'table.json', table)
-    pages = {
-        'table.md': comparison.markdown(table),
-        'compare.html': comparison.page(workdir, table, config.report.grid_size),
-    }
-    for name, text in pages.items():
-        partial = workdir / f'{name}.partial'
-        partial.write_text(text, encoding='utf-8')
-        os.replace(partial, workdir / name)
+    log.write_text(workdir / 'table.md', comparison.markdown(table))
+    page = comparison.page(workdir, table, config.report.grid_size)
+    log.write_text(workdir / 'compare.html', page)
 
 
 def join_and_run(config: Config, workdir: Path) -> None:

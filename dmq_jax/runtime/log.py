@@ -129,9 +129,18 @@ def write_json(path: str | os.PathLike, obj: Any) -> None:
       path: the file; its folder is made if absent.
       obj: JSON values, and among them dataclasses, NumPy numbers, arrays, and paths.
     """
+    write_text(path, json.dumps(obj, indent=2, default=_to_json) + '\n')
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes `text` as `write_json` does: process 0 alone, the old or the new text, never a part.
+
+    Args:
+      path: the file; its folder is made if absent.
+      text: its content.
+    """
     if jax.process_index() != 0:
         return
-    text = json.dumps(obj, indent=2, default=_to_json) + '\n'
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Same folder, since os.replace is atomic only within one file system.
