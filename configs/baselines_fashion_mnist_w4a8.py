@@ -5,10 +5,9 @@
 
 PTQD and TFMQ-DM learn block by block, LSQ trains every weight, RepQ-ViT and SVDQuant only
 calibrate. Iterations are a few hundred in place of the papers' thousands, and rates that fit them.
-PTQD's correction of the noise needs a sampler with noise of its own: `--config.sampler.eta=1.0`.
 """
 
-from dmq_jax.config import base, student
+from dmq_jax.config import base, student, with_sampler
 
 
 def get_config():
@@ -29,4 +28,4 @@ def get_config():
         ),
         'lsq': student('lsq', quant=quant, finetune={'num_iterations': 1000}),
     }
-    return config
+    return with_sampler(config, eta=1.0)

@@ -9,7 +9,7 @@ ten times as long. TuneQDM is not among them: it learns from images of the user,
 see `configs/tuneqdm_fashion_mnist_w4a8.py`.
 """
 
-from dmq_jax.config import base, student
+from dmq_jax.config import base, student, with_sampler
 
 SETTINGS = {
     'reduced': ('w4a8_full', 'w4a4_paper'),
@@ -68,4 +68,4 @@ def get_config(size: str = 'reduced'):
                 options.get('method', 'round_to_nearest'), quant=quant, **rest
             )
     config.students = students
-    return config
+    return with_sampler(config, eta=1.0)

@@ -6,7 +6,7 @@ About 45 minutes on four cores. `paper` leaves first and last layers at 8 bits a
 strided convolutions and attention products in float; `full` exempts nothing.
 """
 
-from dmq_jax.config import base, student
+from dmq_jax.config import base, student, with_sampler
 
 
 def get_config():
@@ -22,4 +22,4 @@ def get_config():
         'rtn_full': student(quant=full),
         'efficientdm_full': student('efficientdm', quant=full, finetune={'num_iterations': 4000}),
     }
-    return config
+    return with_sampler(config, eta=1.0)

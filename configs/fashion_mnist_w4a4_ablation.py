@@ -5,7 +5,7 @@
 Each student up to `per_timestep`, the default, adds one part; the others change one part of it.
 """
 
-from dmq_jax.config import base, student
+from dmq_jax.config import base, student, with_sampler
 
 
 def get_config():
@@ -34,4 +34,4 @@ def get_config():
             'efficientdm', finetune=finetune | {'sampler': {'num_steps': 100}}
         ),
     }
-    return config
+    return with_sampler(config, eta=1.0)

@@ -5,11 +5,11 @@
 Coverage, calibration and samples as in `configs/quickstart.py`.
 """
 
-from dmq_jax.config import base, compared
+from dmq_jax.config import base, compared, with_sampler
 
 
 def get_config():
     """Options of the run; all defaults are in `dmq_jax.config`."""
     config = base()
     config.students = compared(num_iterations=500, weight_bits=8, activation_bits=8)
-    return config
+    return with_sampler(config, eta=1.0)

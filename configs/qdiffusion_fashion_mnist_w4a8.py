@@ -8,7 +8,7 @@ fed with a skip are quantized in two parts. 500
 iterations per block in place of the paper's 20,000, and rates that fit them.
 """
 
-from dmq_jax.config import base, student
+from dmq_jax.config import base, student, with_sampler
 
 
 def get_config():
@@ -30,4 +30,4 @@ def get_config():
             {'name': 'qdiffusion', 'learning': learning}, quant=quant, reconstruct=reconstruct
         ),
     }  # fmt: skip
-    return config
+    return with_sampler(config, eta=1.0)

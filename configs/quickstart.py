@@ -7,11 +7,11 @@ Round to nearest with one activation scale for all timesteps, with one for each,
 all W4A4 with the coverage of the paper, 20 DDIM steps. Expected numbers: README.md.
 """
 
-from dmq_jax.config import base, compared
+from dmq_jax.config import base, compared, with_sampler
 
 
 def get_config():
     """Options of the run; all defaults are in `dmq_jax.config`."""
     config = base()
     config.students = compared(num_iterations=300, weight_bits=4, activation_bits=4)
-    return config
+    return with_sampler(config, eta=1.0)

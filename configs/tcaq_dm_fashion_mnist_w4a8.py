@@ -7,7 +7,7 @@ Every layer is quantized. 500 iterations per block in the first round and 250 in
 place of the paper's 20,000 and 10,000, and rates that fit them.
 """
 
-from dmq_jax.config import base, student
+from dmq_jax.config import base, student, with_sampler
 
 
 def get_config():
@@ -33,4 +33,4 @@ def get_config():
         ),
         'one_round': student(method, quant=quant, reconstruct=reconstruct | {'num_rounds': 1}),
     }
-    return config
+    return with_sampler(config, eta=1.0)

@@ -8,7 +8,7 @@ well, such as the one that `configs/prepare_fashion_mnist.py` writes. Every laye
 in the paper, whose activations stay in float: `--config.students.tuneqdm.quant.activation_bits=32`.
 """
 
-from dmq_jax.config import base, student
+from dmq_jax.config import base, student, with_sampler
 
 
 def get_config(images: str = 'data/fashion_mnist.npz'):
@@ -23,4 +23,4 @@ def get_config(images: str = 'data/fashion_mnist.npz'):
         ),
         'tuneqdm': student('tuneqdm', quant=quant, adapt=adapt),
     }
-    return config
+    return with_sampler(config, eta=1.0)

@@ -789,6 +789,31 @@ def at_widths(widths: str, *, num_iterations: int, **options: Any) -> dict[str, 
     return {widths: student('efficientdm', quant=bits, finetune=finetune)}
 
 
+def with_sampler(config: Any, **options: Any) -> Any:
+    """Sets options of every sampler of a run: of its images, its calibration, and all learning.
+
+    Samplers are separate options, because training steps may differ from sampling steps; most runs
+    want them alike.
+
+    Args:
+      config: from `base()`, its students complete.
+      **options: fields of SamplerConfig.
+
+    Returns:
+      The same `config`.
+
+    Raises:
+      ValueError: as `from_config_dict`.
+    """
+    samplers = [config.sampler, config.calibrate.sampler]
+    for student_config in config.students.values():
+        samplers += [student_config.finetune.sampler, student_config.reconstruct.sampler]
+    for sampler in samplers:
+        _convert(_items(sampler, 'sampler', 'a dict') | options, SamplerConfig, 'sampler')
+        sampler.update(options)
+    return config
+
+
 def describe(config: Any) -> str:
     """The resolved `config` as indented JSON, for people and for config.json."""
     return json.dumps(to_dict(config), indent=2)

@@ -218,6 +218,32 @@ def test_another_schema_is_read_by_the_same_rules():
         from_config_dict({'rat': 1.0}, Other)
 
 
+def test_one_call_sets_the_samplers_of_images_calibration_and_all_learning():
+    mapping = config_lib.base()
+    mapping.students = {'a': config_lib.student('efficientdm'), 'b': config_lib.student()}
+    mapping.students.a.finetune.sampler.num_steps = 100
+    config = config_lib.from_config_dict(config_lib.with_sampler(mapping, eta=1))
+    learning = [
+        part.sampler for s in config.students.values() for part in (s.finetune, s.reconstruct)
+    ]
+    samplers = [config.sampler, config.calibrate.sampler, *learning]
+    assert [sampler.eta for sampler in samplers] == [1.0] * 6
+    assert [sampler.num_steps for sampler in samplers] == [20, 20, 100, 20, 20, 20]
+
+
+@pytest.mark.parametrize(
+    ('options', 'text'),
+    [
+        ({'etta': 1.0}, "did you mean 'eta'"),
+        ({'eta': 2.0}, 'expected 0..1'),
+        ({'eta': 'x'}, 'float'),
+    ],
+)
+def test_a_sampler_that_makes_no_sense_is_refused_where_it_is_set(options, text):
+    with pytest.raises(ValueError, match=text):
+        config_lib.with_sampler(config_lib.base(), **options)
+
+
 def test_configs_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().seed = 1
