@@ -2,7 +2,7 @@
 
     python -m dmq_jax.main --config=configs/fashion_mnist_w4a4.py --workdir=runs/fashion_mnist_w4a4
 
-About 45 minutes on four cores. `paper` leaves first and last layers at 8 bits and shortcuts,
+About 40 minutes on two cores. `paper` leaves first and last layers at 8 bits and shortcuts,
 strided convolutions and attention products in float; `full` exempts nothing.
 """
 
@@ -12,7 +12,7 @@ from dmq_jax.config import base, student, with_sampler
 def get_config():
     """Options of the run; all defaults are in `dmq_jax.config`."""
     full = {'coverage': 'full'}
-    long = {'num_iterations': 8000}
+    long = {'num_iterations': 4000}
     config = base()
     config.students = {
         'rtn_static': student(quant={'per_timestep': False}),
@@ -20,6 +20,6 @@ def get_config():
         'efficientdm': student('efficientdm', finetune=long),
         'rtn_full_static': student(quant=full | {'per_timestep': False}),
         'rtn_full': student(quant=full),
-        'efficientdm_full': student('efficientdm', quant=full, finetune={'num_iterations': 4000}),
+        'efficientdm_full': student('efficientdm', quant=full, finetune=long),
     }
     return with_sampler(config, eta=1.0)

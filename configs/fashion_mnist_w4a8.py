@@ -1,4 +1,4 @@
-"""Fashion-MNIST at W4A8: round to nearest against EfficientDM, 2000 iterations.
+"""Fashion-MNIST at W4A8: round to nearest against EfficientDM, 4000 iterations.
 
     python -m dmq_jax.main --config=configs/fashion_mnist_w4a8.py --workdir=runs/fashion_mnist_w4a8
 
@@ -11,5 +11,5 @@ from dmq_jax.config import base, compared, with_sampler
 def get_config():
     """Options of the run; all defaults are in `dmq_jax.config`."""
     config = base()
-    config.students = compared(num_iterations=2000, weight_bits=4, activation_bits=8)
+    config.students = compared(num_iterations=4000, weight_bits=4, activation_bits=8)
     return with_sampler(config, eta=1.0)
