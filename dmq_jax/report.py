@@ -4,15 +4,13 @@ Reads what the other stages wrote and nothing else; what is not there yet is lef
 says which stage makes it.
 """
 
-import os
 from pathlib import Path
-
-import jax
 
 from dmq_jax.config import ReportConfig
 from dmq_jax.reporting import markup, results
 from dmq_jax.reporting import outcome_sections as outcome
 from dmq_jax.reporting import quantization_sections as quantization
+from dmq_jax.runtime import hosts, log
 
 
 def run(workdir: Path, config: ReportConfig) -> None:
@@ -25,7 +23,7 @@ def run(workdir: Path, config: ReportConfig) -> None:
     Raises:
       ValueError: `config.layers` names a layer without quantized inputs.
     """
-    if jax.process_index() != 0:
+    if not hosts.is_first():
         return
     found = results.read(workdir)
     sections = [
@@ -42,7 +40,5 @@ def run(workdir: Path, config: ReportConfig) -> None:
     body = outcome.header(found) + ''.join(
         f'<section><h2>{title}</h2>{content}</section>' for title, content in sections
     )
-    # Renamed when complete: whoever has the page open never reloads half of it.
-    partial = workdir / 'report.html.partial'
-    partial.write_text(markup.document(outcome.page_title(found), body), encoding='utf-8')
-    os.replace(partial, workdir / 'report.html')
+    # Replaced as a whole: whoever has the page open never reloads half of it.
+    log.write_text(workdir / 'report.html', markup.document(outcome.page_title(found), body))

@@ -33,7 +33,7 @@ ALLOWED = {
     **{stage: {'denoisers', 'kernels'} | LIBRARIES for stage in STAGES},
     # It reads what these two wrote.
     'reporting': {'calibrate', 'exporting', 'denoisers', 'kernels'} | LIBRARIES,
-    'report': {'reporting'},
+    'report': {'reporting', 'runtime'},
     'scale_sets': {'artefacts', 'exporting', 'denoisers', 'kernels'} | LIBRARIES,
     'artefacts': {'runtime'},
     'analysis': {'denoisers'} | LIBRARIES,

@@ -12,8 +12,9 @@ from dmq_jax.reporting import charts
 from dmq_jax.reporting.charts import Axis, Series
 from dmq_jax.reporting.markup import document, escape, figure
 from dmq_jax.reporting.outcome_sections import images_section
-from dmq_jax.reporting.results import METHODS, NUM_COLORS, TEACHER, Artefacts
-from dmq_jax.reporting.tables import best_values, columns, is_known
+from dmq_jax.reporting.results import METHODS, NUM_COLORS, TEACHER, Artefacts, describe_sampler
+from dmq_jax.reporting.results_table import Line, results_table
+from dmq_jax.reporting.tables import columns, is_known
 
 Row = Mapping[str, Any]
 
@@ -50,8 +51,8 @@ def markdown(table: Mapping[str, Any]) -> str:
     teacher = next(row for row in rows if row['name'] == TEACHER)
     names = dict.fromkeys(method_name(r) for group in settings.values() for r in group)
     lines = [
-        f'{distance} of {protocol["num_images"]} images, {protocol["sampler"]["name"]} with '
-        f'{protocol["sampler"]["num_steps"]} steps, {protocol["mode"]} arithmetic; teacher '
+        f'{distance} of {protocol["num_images"]} images, '
+        f'{describe_sampler(protocol["sampler"])}, {protocol["mode"]} arithmetic; teacher '
         f'{teacher["fd"]:.3f}. Revision {protocol["revision"]}.',
         '',
         *_table(
@@ -185,28 +186,15 @@ def _cost_charts(settings, rows, distance) -> str:
 def _results(settings, rows, distance) -> str:
     """Every number of every cell, the best of each setting in bold."""
     table = [c for c in columns(distance) if any(is_known(row, c.key) for row in rows)]
-    heading = ''.join(f'<th scope="col">{escape(c.title)}</th>' for c in table)
-    body = ''
     teacher = [row for row in rows if row['name'] == TEACHER]
+    groups = []
     for name, group in {'float': teacher, **settings}.items():
-        best = best_values(table, group)
-        for row in group:
-            title = TEACHER if row['name'] == TEACHER else method_name(row)
-            cells = ''
-            for column in table:
-                text = '–'
-                if is_known(row, column.key):
-                    text = column.show(row[column.key])
-                    is_best = row[column.key] == best.get(column.key)
-                    text = f'<b>{text}</b>' if is_best else text
-                cells += f'<td>{text}</td>'
-            body += (
-                f'<tr><th scope="row">{escape(title)}<small>{escape(name)}</small></th>{cells}</tr>'
-            )
+        titles = [TEACHER if row['name'] == TEACHER else method_name(row) for row in group]
+        headings = [f'{escape(title)}<small>{escape(name)}</small>' for title in titles]
+        groups.append([Line(row, heading) for row, heading in zip(group, headings, strict=True)])
     return figure(
-        f'<div class="scroll"><table class="results"><thead><tr><th scope="col">network</th>'
-        f'{heading}</tr></thead><tbody>{body}</tbody></table></div>',
-        'Bold: the best of its width and coverage.',
+        results_table(table, groups),
+        'Bold: the best of its width and coverage. × is against the teacher.',
     )
 
 

@@ -15,11 +15,13 @@ from dmq_jax.reporting.results import (
     TEACHER,
     Artefacts,
     closed_gap,
+    describe_sampler,
     describe_student,
     find_baseline,
     find_best,
 )
-from dmq_jax.reporting.tables import best_values, columns, is_known, percent
+from dmq_jax.reporting.results_table import Line, results_table
+from dmq_jax.reporting.tables import columns, is_known, percent
 
 CLASSES = {
     'fashion_mnist': (
@@ -160,43 +162,20 @@ def results_section(found: Artefacts) -> str:
     protocol = found.metrics['protocol']
     rows = [found.rows[n] for n in (TEACHER, *found.students) if n in found.rows]
     table = columns(protocol['distance'])
-    best = best_values(table, rows)
-    arrows = {min: ' ↓', max: ' ↑', None: ''}
-    heading = '<th scope="col">network</th>' + ''.join(
-        f'<th scope="col" title="{escape(c.about)}">{escape(c.title)}{arrows[c.best]}</th>'
-        for c in table
-    )
-    body = ''
+    lines = []
     for row in rows:
         about = 'float' if row['name'] == TEACHER else describe_student(
             found.student_config(row['name'])
         )  # fmt: skip
         color = found.series(row['name']).color
-        body += (
-            f'<tr><th scope="row"><span class="name {color}">{escape(row["name"])}</span>'
-            f'<small>{escape(about)}</small></th>'
-        )
-        for column in table:
-            if not is_known(row, column.key):
-                body += '<td class="none">–</td>'
-                continue
-            value, ratio = row[column.key], ''
-            teacher = found.rows.get(TEACHER, {})
-            if column.ratio and row['name'] != TEACHER and is_known(teacher, column.key):
-                ratio = f'<small>{column.ratio(teacher[column.key], value):.2f}×</small>'
-            is_best = row['name'] != TEACHER and value == best.get(column.key)
-            text = column.show(value)
-            shown = f'<b>{text}</b>' if is_best else text
-            body += f'<td{" class=best" * is_best}>{shown}{ratio}</td>'
-        body += '</tr>'
-    sampler = protocol['sampler']
+        name = f'<span class="name {color}">{escape(row["name"])}</span>'
+        lines.append(Line(row, f'{name}<small>{escape(about)}</small>'))
     real = protocol['reference_images'] or 'stored statistics of'
     return figure(
-        f'<div class="scroll"><table class="results"><thead><tr>{heading}</tr></thead>'
-        f'<tbody>{body}</tbody></table></div>',
+        results_table(table, [lines]),
         f'The best student of each column is bold; × is against the teacher. '
-        f'{protocol["num_images"]} images per network, {escape(sampler["name"])} with '
-        f'{sampler["num_steps"]} steps, {real} real images, students in '
+        f'{protocol["num_images"]} images per network, '
+        f'{escape(describe_sampler(protocol["sampler"]))}, {real} real images, students in '
         f'{escape(protocol["mode"])} arithmetic on {escape(protocol["device"])}. '
         + _gap_sentence(found.rows, found.students),
     )

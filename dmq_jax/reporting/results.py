@@ -128,6 +128,20 @@ def describe_student(options: Mapping[str, Any]) -> str:
     return ', '.join(words)
 
 
+def describe_sampler(options: Mapping[str, Any]) -> str:
+    """'ddim with 20 steps', and how much noise and guidance where there is any.
+
+    Args:
+      options: of SamplerConfig, as `metrics.json` holds them.
+    """
+    words = [f'{options["name"]} with {options["num_steps"]} steps']
+    if options.get('eta'):
+        words.append(f'eta {options["eta"]:g}')
+    if options.get('guidance_scale', 1) != 1:
+        words.append(f'guidance {options["guidance_scale"]:g}')
+    return ', '.join(words)
+
+
 def find_baseline(rows: Mapping[str, Mapping[str, Any]], like: str | None = None) -> str | None:
     """The student that another must beat: round to nearest, static if there is one.
 

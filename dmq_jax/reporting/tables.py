@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from dmq_jax.quant.plan import LayerSpec, Plan, QuantizableLayer, split_layers
 from dmq_jax.quant.tensor import QuantSpec, scale_shape
-from dmq_jax.reporting.results import TEACHER
+from dmq_jax.reporting.results import TEACHER, describe_sampler
 from kernels.packing import packed_length
 
 
@@ -42,7 +42,7 @@ def _fixed(digits: int) -> Callable[[float], str]:
 def columns(distance: str) -> list[Column]:
     """The columns of the results, for the distance named."""
     return [
-        Column('fd', distance, _fixed(2), min, None, 'distance to the real images, features'),
+        Column('fd', distance, _fixed(3), min, None, 'distance to the real images, features'),
         Column('precision', 'precision', _fixed(3), max, None, 'share that looks real'),
         Column('recall', 'recall', _fixed(3), max, None, 'share of the real images covered'),
         Column('class_accuracy', 'class', percent, max, None, 'recognised as their class'),
@@ -89,10 +89,9 @@ def metrics_table(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
             is_best = row['name'] != TEACHER and row[column.key] == best.get(column.key)
             line.append(text + ('*' if is_best else ' '))
         cells.append(line)
-    sampler = protocol['sampler']
     return [
-        f'{protocol["num_images"]} images per network, {sampler["name"]} with '
-        f'{sampler["num_steps"]} steps, seed {protocol["seed"]}, {protocol["device"]}',
+        f'{protocol["num_images"]} images per network, {describe_sampler(protocol["sampler"])}, '
+        f'seed {protocol["seed"]}, {protocol["device"]}',
         *_aligned(cells, left=2),
     ]
 

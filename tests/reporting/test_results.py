@@ -31,3 +31,10 @@ def test_students_with_more_bits_are_not_compared_with_the_baseline():
     )
     assert results.find_baseline(table) == 'plain'
     assert results.find_best(table) == 'tuned'
+
+
+def test_noise_and_guidance_are_told_where_there_are_any():
+    options = {'name': 'ddim', 'num_steps': 20, 'eta': 0.0, 'guidance_scale': 1.0}
+    assert results.describe_sampler(options) == 'ddim with 20 steps'
+    options |= {'eta': 1.0, 'guidance_scale': 7.5}
+    assert results.describe_sampler(options) == 'ddim with 20 steps, eta 1, guidance 7.5'

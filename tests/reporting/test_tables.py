@@ -13,9 +13,9 @@ def test_the_metrics_table_is_aligned_and_marks_the_best_student():
     lines = tables.metrics_table(finished_run.PROTOCOL, list(finished_run.rows().values()))
     table = [line for line in lines if 'teacher' in line or 'plain' in line or 'tuned' in line]
     ends = {line.index(number) + len(number) for line, number in zip(
-        table, ('1.00', '11.00', '3.00'), strict=True)}  # fmt: skip
+        table, ('1.000', '11.000', '3.000'), strict=True)}  # fmt: skip
     assert len(ends) == 1
-    assert '3.00*' in table[2] and '*' not in table[0] + table[1]
+    assert '3.000*' in table[2] and '*' not in table[0] + table[1]
 
 
 def test_the_plan_table_counts_the_bytes_that_are_stored():
