@@ -303,10 +303,16 @@ class EfficientDMConfig:
     loss: Literal['output', 'feature'] = 'feature'
     feature_layers: str = r'(.*/)?(block|attention)_\d+'  # regular expression over module paths
     feature_weight: float = 0.1  # of the features' relative error, beside the output's
+    # of SVDQuant's branch in 16 bits beside every trained layer, kept at inference; 0: none, as in
+    # the paper
+    branch_rank: int = 0
+    branch_refits: int = 4  # at most, of the branch to what rounding left
+    branch_learning_rate: float = 1e-3  # Adam, of both halves of the branch
 
     def __post_init__(self):
         _check_choices(self)
         _check_at_least(self, 1, 'lora_rank')
+        _check_at_least(self, 0, 'branch_rank', 'branch_refits', 'branch_learning_rate')
         rates = 'lora_rate_per_scale', 'weight_scale_learning_rate', 'input_scale_learning_rate'
         rates += 'zero_point_learning_rate', 'affine_learning_rate'
         _check_at_least(self, 0, *rates, 'feature_weight')

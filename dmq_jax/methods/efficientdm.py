@@ -18,13 +18,16 @@ Where this differs from the authors' code, on purpose:
 * no weight decay on scales;
 * biases and the parameters of normalizations, which stay in float and cost nothing at inference,
   are trained as well (`affine_learning_rate=0` leaves them);
-* channels of the inputs may be rescaled first (`channels`, see `channel_factors`).
+* channels of the inputs may be rescaled first (`channels`, see `channel_factors`);
+* SVDQuant's branch in 16 bits may stand beside the integers (`branch_rank`), and is trained: the
+  one thing here that costs time at inference.
 
 A learning rate of a scale is relative to the scale's first value, as eq. 8 does for the update:
 scales differ by orders of magnitude between layers.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -34,7 +37,7 @@ from flax import traverse_util
 from jaxtyping import Array, PyTree
 
 from dmq_jax.config import EfficientDMConfig
-from dmq_jax.methods import base, channel_factors, low_rank
+from dmq_jax.methods import base, channel_factors, low_rank, svdquant
 from dmq_jax.quant import numerics
 from dmq_jax.quant.plan import Plan
 
@@ -51,7 +54,17 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
         factors = channel_factors.init(plan, params, stats, config.channels)
         params = channel_factors.fold(params, factors)
         stats = channel_factors.scale_stats(stats, factors)
-        weights = base.init_weights(plan, params)
+        branches = {}
+        if config.branch_rank:
+            branches = {
+                path: svdquant.split(
+                    base.get_kernel(params, path), plan[path], config.branch_rank,
+                    config.branch_refits,
+                )
+                for path in sorted(trainable)
+                if plan[path].weight is not None
+            }  # fmt: skip
+        weights = base.init_weights(plan, without(params, branches))
         inputs = base.init_inputs(plan, stats)
         updates = {
             path: low_rank.init(
@@ -70,7 +83,13 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
                 if path in trainable
             },
             'affine': zero_offsets(params) if config.affine_learning_rate else {},
-            'calibrated': {'weight': weights, 'input': inputs, 'channels': factors},
+            'branch': branches,
+            'calibrated': {
+                'weight': weights,
+                'input': inputs,
+                'channels': factors,
+                'branch': branches,
+            },  # fmt: skip
         }
 
     # Repeated in the backward pass: cheaper than to keep three arrays as large as the weights.
@@ -81,7 +100,8 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
     def bind(params, state):
         calibrated = jax.lax.stop_gradient(state['calibrated'])
         factors = calibrated['channels']
-        params = channel_factors.fold(params, factors)
+        # The integers go on standing for what the branch left of the kernel when it was made.
+        params = without(channel_factors.fold(params, factors), calibrated['branch'])
         weights = {}
         for path, start in calibrated['weight'].items():
             kernel = base.get_kernel(params, path)
@@ -112,7 +132,10 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
             name: jax.lax.stop_gradient(base.get_leaf(params, name)) + offset
             for name, offset in state['affine'].items()
         }
-        return base.Bound(weights, tables, affine, channel_factors.channels(factors))
+        return base.Bound(
+            weights, tables, affine, channel_factors.channels(factors),
+            branches=jax.tree.map(_as_float16, state['branch']),
+        )  # fmt: skip
 
     def optimizer(state, decay):
         def decayed(rate: float) -> optax.GradientTransformation:
@@ -131,6 +154,7 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
                     decay, config.input_scale_learning_rate, config.zero_point_learning_rate
                 ),
                 'affine': optax.chain(optax.scale_by_adam(), decayed(config.affine_learning_rate)),
+                'branch': optax.chain(optax.scale_by_adam(), decayed(config.branch_learning_rate)),
                 'calibrated': optax.set_to_zero(),
             }
         )
@@ -147,6 +171,21 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
     return base.Method(
         init, bind, loss, optimizer, features, channel_stats=channel_factors.is_on(config.channels)
     )
+
+
+def without(params: PyTree, branches: Mapping[str, Mapping[str, Array]]) -> PyTree:
+    """`params` with what `branches`, by path, leave of the kernels."""
+    rests = {
+        path: base.get_kernel(params, path) - low_rank.delta(branch)
+        for path, branch in branches.items()
+    }
+    return base.with_kernels(params, rests)
+
+
+def _as_float16(values: Array) -> Array:
+    """The nearest values that float16 holds, straight through: what an export keeps."""
+    held = values.astype(jnp.float16).astype(jnp.float32)
+    return values + jax.lax.stop_gradient(held - values)
 
 
 def zero_offsets(params: PyTree) -> dict[str, Array]:

@@ -38,7 +38,7 @@ def make(config: SVDQuantConfig, plan: Plan, num_train_timesteps: int) -> base.M
         for path in weights:
             if plan[path].trainable:
                 kernel = base.get_kernel(params, path)
-                branches[path] = split(kernel, plan[path], config)
+                branches[path] = split(kernel, plan[path], config.rank, config.num_refits)
                 rest = kernel - low_rank.delta(branches[path])
                 scale, zero_point = observers.calibrate_weight(rest, plan[path].weight)
                 weights[path] = {'scale': scale, 'zero_point': zero_point}
@@ -72,16 +72,17 @@ def make(config: SVDQuantConfig, plan: Plan, num_train_timesteps: int) -> base.M
 
 
 def split(
-    kernel: Float[Array, '... K N'], spec: LayerSpec, config: SVDQuantConfig
+    kernel: Float[Array, '... K N'], spec: LayerSpec, rank: int, num_refits: int
 ) -> dict[str, Float[Array, '...']]:
     """The branch of a kernel: 'down' [..., K, R] and 'up' [R, N], of values that float16 holds.
 
     Args:
       kernel: of a Dense or a Conv layer.
       spec: how the rest is rounded.
-      config: rank, and how often the branch is fitted.
+      rank: R; more than the smaller side of the kernel is cut to it.
+      num_refits: how often, at most, the branch is fitted to what rounding left.
     """
-    rank = min(config.rank, kernel.size // kernel.shape[-1], kernel.shape[-1])
+    rank = min(rank, kernel.size // kernel.shape[-1], kernel.shape[-1])
 
     def fit(target: Array) -> dict[str, Array]:
         u, s, v = jnp.linalg.svd(target.reshape(-1, target.shape[-1]), full_matrices=False)
@@ -113,5 +114,5 @@ def split(
     first = fit(kernel)
     rest = rounded(first)
     start = first, rest, error(first, rest)
-    (branch, _, _), _ = jax.lax.scan(again, start, None, length=config.num_refits)
+    (branch, _, _), _ = jax.lax.scan(again, start, None, length=num_refits)
     return branch

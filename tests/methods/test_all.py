@@ -47,6 +47,7 @@ CONFIGS = [
         input_scale_learning_rate=1e-2, zero_point_learning_rate=5e-2,
     ),
     EfficientDMConfig(lora_rank=4, lora_rate_per_scale=0.03, channels=ChannelFactorsConfig()),
+    EfficientDMConfig(lora_rank=4, lora_rate_per_scale=0.03, branch_rank=2),
     LSQConfig(rate_per_scale=0.03),
     PTQDConfig(
         learning=BlockLearningConfig(rounding_learning_rate=0.2, input_scale_learning_rate=2e-2)

@@ -5,7 +5,12 @@ import optax
 import pytest
 
 from dmq_jax import methods
-from dmq_jax.config import EfficientDMConfig, RoundToNearestConfig
+from dmq_jax.config import (
+    ChannelFactorsConfig,
+    EfficientDMConfig,
+    RoundToNearestConfig,
+    SVDQuantConfig,
+)
 from dmq_jax.methods import base, efficientdm
 from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import LayerSpec
@@ -73,6 +78,37 @@ def test_it_starts_from_round_to_nearest_exactly(base_weights):
     assert_same(found._replace(params={}), want)
     for name, leaf in found.params.items():
         np.testing.assert_array_equal(leaf, base.get_leaf(PARAMS, name))
+
+
+def test_with_a_branch_it_starts_from_svdquant_exactly():
+    method, state = start(branch_rank=2)
+    no_factors = ChannelFactorsConfig(strength=0.0)
+    branched = methods.make(SVDQuantConfig(rank=2, channels=no_factors), PLAN)
+    want = branched.bind(PARAMS, branched.init(PARAMS, STATS, jax.random.key(1)))
+    assert want.branches.keys() == {'small', 'large', 'weights_only'}
+    assert_same(method.bind(PARAMS, state)._replace(params={}), want)
+
+
+def test_a_branch_that_has_learnt_leaves_the_integers_and_is_held_by_float16():
+    method, state = start(branch_rank=2)
+    before = method.bind(PARAMS, state)
+    state['branch']['large'] = jax.tree.map(lambda a: a + 0.1234567, state['branch']['large'])
+    after = method.bind(PARAMS, state)
+    assert_same(after.weights, before.weights)
+    for name, half in after.branches['large'].items():
+        np.testing.assert_array_equal(half, np.asarray(half, np.float16).astype(np.float32))
+        assert not np.array_equal(half, before.branches['large'][name])
+
+
+def test_a_branch_is_trained_straight_through_its_rounding():
+    method, state = start(branch_rank=2)
+
+    def loss(state):
+        return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(method.bind(PARAMS, state).branches))
+
+    gradients = jax.grad(loss)(state)
+    assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(gradients['branch']))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients['calibrated']))
 
 
 def test_the_update_is_added_before_rounding():
