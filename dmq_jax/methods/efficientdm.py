@@ -83,7 +83,7 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
                 if path in trainable
             },
             'affine': zero_offsets(params) if config.affine_learning_rate else {},
-            'branch': branches,
+            'branch': dict(branches),
             'calibrated': {
                 'weight': weights,
                 'input': inputs,
