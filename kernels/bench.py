@@ -40,13 +40,10 @@ MODES = ('W8A8', 'W4A8', 'W4A4')
 IMPLEMENTATIONS = ('triton', 'xla', 'reference')
 BASELINES = ('float32', 'bfloat16', 'xla W8A8')
 _BYTES = {'float32': 4, 'bfloat16': 2, 'W8A8': 1, 'W4A8': 1, 'W4A4': 1}
-# Of the products that measure the ceilings: a GPU would hardly notice the small one.
-_SQUARE = {'cpu': 2048}
-_LARGE_SQUARE = 8192
-# A layer takes microseconds there, less than it takes to launch.
-_CALLS = {'cpu': 1}
-_MANY_CALLS = 20
-_COPY = 2**26  # elements of the copy, 256 MiB of float32
+# Sides of the product, and elements of the copy, that measure the ceilings: on anything but a CPU
+# they must take long beside a launch.
+_SQUARE, _LARGE_SQUARE = 2048, 8192
+_COPY, _LARGE_COPY = 2**26, 2**28
 
 
 def operations(shape: Conv | Product, batch_size: int) -> int:
@@ -167,11 +164,13 @@ def measure_layer(
 
 def measure_ceilings(*, num_rounds: int) -> dict[str, float]:
     """Operations per second of a large product by kind, and 'bytes' per second of a copy."""
-    size = _SQUARE.get(jax.default_backend(), _LARGE_SQUARE)
+    is_cpu = jax.default_backend() == 'cpu'
+    size = _SQUARE if is_cpu else _LARGE_SQUARE
+    copied = _COPY if is_cpu else _LARGE_COPY
     square = Product((), size, size, size)
     calls = {kind: float_call(square, 1, kind) for kind in ('float32', 'bfloat16')}
     calls['W8A8'] = integer_call(square, 1, 'W8A8', 'xla')
-    calls['bytes'] = (lambda x: x + 1, (jnp.zeros(_COPY, jnp.float32),))
+    calls['bytes'] = (lambda x: x + 1, (jnp.zeros(copied, jnp.float32),))
     timings = timing.measure(calls, num_rounds=num_rounds)
     ceilings = {
         kind: operations(square, 1) / timings[kind].median_s for kind in calls if kind != 'bytes'
@@ -179,7 +178,7 @@ def measure_ceilings(*, num_rounds: int) -> dict[str, float]:
     target = gpu.current()
     if target is not None and triton_ptx.has_int4_instructions(target.capability):
         ceilings['W4A4'] = 2 * ceilings['W8A8']
-    return ceilings | {'bytes': 8 * _COPY / timings['bytes'].median_s}
+    return ceilings | {'bytes': 8 * copied / timings['bytes'].median_s}
 
 
 def roofline_share(
@@ -258,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if min(given.batch_size, given.rounds, given.calls or 1) < 1:
         parser.error('--batch-size, --rounds and --calls: expected at least 1.')
-    given.calls = given.calls or _CALLS.get(jax.default_backend(), _MANY_CALLS)
+    given.calls = given.calls or timing.default_calls()
     known = {layer.name for name in given.networks for layer in NETWORKS[name].layers}
     if unknown := set(given.layers or ()) - known:
         parser.error(f'unknown layers {sorted(unknown)}: expected some of {sorted(known)}')

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+# Of a layer within one timed call where it takes microseconds, less than launching it does.
+MANY_CALLS = 20
+
 
 class Timing(NamedTuple):
     """Times of a jitted function, in seconds.
@@ -24,6 +27,11 @@ class Timing(NamedTuple):
     compile_s: float
     median_s: float
     spread_s: float = math.nan
+
+
+def default_calls() -> int:
+    """Calls of a layer that one timed call should make on this platform."""
+    return 1 if jax.default_backend() == 'cpu' else MANY_CALLS
 
 
 def measure(

@@ -158,7 +158,7 @@ def launch(
     else:
         options |= {'num_warps': tile.num_warps, 'num_stages': tile.num_stages}
     # Not fused: products and sums are rounded as XLA rounds them.
-    if int(jax_triton.__version__.split('.')[1]) >= 4:
+    if tuple(map(int, jax_triton.__version__.split('.')[:2])) >= (0, 4):
         options |= {'out_type': out, 'backend_options': {'enable_fp_fusion': False}}
     else:
         options |= {'out_shape': out, 'enable_fp_fusion': False}
