@@ -55,22 +55,27 @@ def operations(shape: Conv | Product, batch_size: int) -> int:
 
 
 def least_bytes(shape: Conv | Product, batch_size: int, kind: str) -> float:
-    """Bytes of both operands, as `kind` stores them, and of a float32 result."""
+    """Bytes of both operands and of the result, bfloat16 or float32, as `kind` stores them."""
     x_bytes = _BYTES[kind]
+    y_bytes = 2 if kind == 'bfloat16' else 4
     w_bytes = x_bytes / 2 if kind in ('W4A8', 'W4A4') else x_bytes
     if isinstance(shape, Conv):
         x = batch_size * shape.H * shape.W * shape.C
         w = shape.O * shape.C * shape.kernel**2
         y = batch_size * shape.H * shape.W * shape.O // shape.stride**2
-        return x * x_bytes + w * w_bytes + 4 * y
+        return x * x_bytes + w * w_bytes + y_bytes * y
     products = batch_size * math.prod(shape.batch)
     x, w, y = shape.M * shape.K, shape.N * shape.K, shape.M * shape.N
     num_w = products if shape.batch else 1
-    return products * (x * x_bytes + 4 * y) + num_w * w * w_bytes
+    return products * (x * x_bytes + y_bytes * y) + num_w * w * w_bytes
 
 
 def float_call(shape: Conv | Product, batch_size: int, dtype: str) -> tuple[Callable, tuple]:
-    """A function of XLA in `dtype`, with float32 sums, and its operands."""
+    """A function of XLA in `dtype`, its result too, and its operands.
+
+    Sums are float32 inside. Asked for a float32 result, XLA for GPU would convert the operands of a
+    convolution to float32 first, a slow baseline.
+    """
     rng = np.random.default_rng(0)
     dtype = jnp.dtype(dtype)
     if isinstance(shape, Conv):
@@ -81,18 +86,14 @@ def float_call(shape: Conv | Product, batch_size: int, dtype: str) -> tuple[Call
         def convolve(x, w):
             return lax.conv_general_dilated(
                 x, w, geometry['strides'], geometry['padding'],
-                dimension_numbers=('NHWC', 'HWIO', 'NHWC'), preferred_element_type=jnp.float32,
+                dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
             )  # fmt: skip
 
         return convolve, (jnp.asarray(x, dtype), jnp.asarray(w, dtype))
     x = rng.standard_normal((batch_size, *shape.batch, shape.M, shape.K), np.float32)
     leading = (batch_size, *shape.batch) if shape.batch else ()
     w = rng.standard_normal((*leading, shape.K, shape.N), np.float32)
-
-    def multiply(x, w):
-        return jnp.matmul(x, w, preferred_element_type=jnp.float32)
-
-    return multiply, (jnp.asarray(x, dtype), jnp.asarray(w, dtype))
+    return jnp.matmul, (jnp.asarray(x, dtype), jnp.asarray(w, dtype))
 
 
 def integer_call(

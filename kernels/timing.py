@@ -71,9 +71,13 @@ def _repeated(function: Callable, num_calls: int) -> Callable:
         return function
 
     def run(*arguments):
+        firsts = jax.tree.map(lambda operand: operand[(0,) * operand.ndim], arguments)
+
         def again(_, carry):
             result, operands = carry
-            operands = jax.tree.map(lambda leaf: _depending_on(result, leaf), operands)
+            operands = jax.tree.map(
+                lambda operand, first: _depending_on(result, operand, first), operands, firsts
+            )
             return function(*operands), operands
 
         return lax.fori_loop(1, num_calls, again, (function(*arguments), arguments))[0]
@@ -81,19 +85,21 @@ def _repeated(function: Callable, num_calls: int) -> Callable:
     return run
 
 
-def _depending_on(result: Array, operand: Array) -> Array:
-    """The operand, one number of which is written anew; for all that XLA knows, another one.
+def _depending_on(result: Array, operand: Array, first: Array) -> Array:
+    """The operand, whose first number is written anew; for all that XLA knows, another one.
 
-    An optimization barrier does not do: XLA for CPU drops it, then calls the function once.
+    An optimization barrier does not do: XLA for CPU drops it, then calls the function once. Each
+    number written is a launch, so vectors stay as they are: scales, not factors of a product.
     """
-    if operand.ndim == 0:
+    if operand.ndim < 2:
         return operand
-    first = result[(0,) * result.ndim]
+    number = result[(0,) * result.ndim]
     # Never so: results are no NaN, and no sum of products is the least integer.
-    is_odd = first == jnp.iinfo(first.dtype).min if first.dtype == jnp.int32 else first != first
-    begin = (0,) * operand.ndim
-    number = jnp.where(is_odd, jnp.zeros((), operand.dtype), operand[begin])
-    return lax.dynamic_update_slice(operand, number.reshape((1,) * operand.ndim), begin)
+    is_odd = number == jnp.iinfo(jnp.int32).min if number.dtype == jnp.int32 else number != number
+    first = jnp.where(is_odd, jnp.zeros((), operand.dtype), first)
+    return lax.dynamic_update_slice(
+        operand, first.reshape((1,) * operand.ndim), (0,) * operand.ndim
+    )
 
 
 def _spread(taken: list[float]) -> float:
