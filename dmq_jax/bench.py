@@ -2,13 +2,19 @@
 
 With `--network=NAME` it is one network of `network_bench` at its real size, beside diffusers'.
 
-Four rows: the teacher's forward pass, one fine-tuning step (EfficientDM, W4A4: teacher forward,
-student forward and backward, update), sampling in float32, sampling on integers. On a busy machine
-only ratios mean anything, so all rows take turns in one process and the same round is compared.
-Scales are made up, which changes no duration; the CIFAR-10 U-Net has random weights.
+Five rows: the teacher's forward pass, which is one float step of a sampler; one fine-tuning step
+(EfficientDM: teacher forward, student forward and backward, update); one integer step; sampling in
+float; sampling on integers, W4A4 unless `--weight_bits` and `--activation_bits` say otherwise. On a
+busy machine only ratios mean anything, so all rows take turns in one process and the same round is
+compared. Scales are made up, which changes no duration; the U-Nets of CIFAR-10 and of Stable
+Diffusion 1.5 have random weights. `--dtype=bfloat16` is what integers compete with on a GPU:
+
+  python -m dmq_jax.bench --model=sd15 --dtype=bfloat16 --weight_bits=8 --activation_bits=8
+      --rows=step_integer,sample_float,sample_integer
 """
 
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -23,9 +29,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from jaxtyping import PyTree
 
-from dmq_jax import denoisers, exporting, finetune, methods, network_bench, sampling, teachers
-from dmq_jax.config import EfficientDMConfig, FinetuneConfig, QuantConfig, SamplerConfig
+from dmq_jax import (
+    denoisers,
+    exporting,
+    finetune,
+    methods,
+    network_bench,
+    networks,
+    sampling,
+    teachers,
+)
+from dmq_jax.config import (
+    EfficientDMConfig,
+    FinetuneConfig,
+    QuantConfig,
+    RoundToNearestConfig,
+    SamplerConfig,
+)
 from dmq_jax.diffusion import samplers
 from dmq_jax.diffusion.schedule import Schedule
 from dmq_jax.models.ddpm_unet import DDPMUNet
@@ -34,11 +56,13 @@ from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import INPUT_ROLES
 from dmq_jax.runtime import log
 
-MODELS = ('cifar10', 'bundled')
-ROWS = ('teacher', 'finetune', 'sample_float', 'sample_integer')
+MODELS = ('cifar10', 'bundled', 'sd15')
+ROWS = ('teacher', 'finetune', 'step_integer', 'sample_float', 'sample_integer')
 TABLE_STEPS = 20  # rows of the made-up tables of scales
 
-_MODEL = flags.DEFINE_enum('model', 'cifar10', MODELS, 'Random CIFAR-10 U-Net, or our teacher.')
+_MODEL = flags.DEFINE_enum(
+    'model', 'cifar10', MODELS, 'U-Net of CIFAR-10 or of Stable Diffusion, random, or our teacher.'
+)
 _BATCH_SIZE = flags.DEFINE_integer(
     'batch_size', None, 'Images per call; 8, with --network 1.', lower_bound=1
 )
@@ -50,7 +74,13 @@ _NETWORK = flags.DEFINE_enum(
     'network', None, list(network_bench.CASES), 'Measure this network alone, at its real size.'
 )
 _DTYPE = flags.DEFINE_enum(
-    'dtype', 'float32', ['float32', 'bfloat16'], "Of the network's parameters."
+    'dtype', 'float32', ['float32', 'bfloat16'],
+    'Of parameters, and of what lies between layers; integers stay integers.',
+)  # fmt: skip
+_WEIGHT_BITS = flags.DEFINE_integer('weight_bits', 4, 'Of the integer rows.', 2, 8)
+_ACTIVATION_BITS = flags.DEFINE_integer('activation_bits', 4, 'Of the integer rows.', 2, 8)
+_COVERAGE = flags.DEFINE_enum(
+    'coverage', 'paper', ['paper', 'full'], 'Which layers of the integer rows are integers.'
 )
 _TORCH_PYTHON = flags.DEFINE_string(
     'torch_python', sys.executable, "Interpreter with torch and diffusers for --network; '': none."
@@ -67,11 +97,19 @@ class BenchConfig:
       batch_size: images per call.
       num_steps: network evaluations of a sampling call.
       num_rounds: timed calls of each row; two more come before them.
+      dtype: of the networks, see `load_model`.
+      weight_bits: of the integer rows, as the next ones.
+      activation_bits: of every input of a quantized layer.
+      coverage: which layers are quantized, 'paper' or 'full'.
     """
 
     batch_size: int = 8
     num_steps: int = 2
     num_rounds: int = 7
+    dtype: str = 'float32'
+    weight_bits: int = 4
+    activation_bits: int = 4
+    coverage: str = 'paper'
 
 
 class Program(NamedTuple):
@@ -112,24 +150,42 @@ class Row(NamedTuple):
     peak_rss_mb: float | None
 
 
-def load_model(name: str) -> denoisers.Denoiser:
-    """The float network of a benchmark.
+def load_model(name: str, dtype: str = 'float32') -> denoisers.Denoiser:
+    """The float network of a benchmark, its parameters in float32.
+
+    Args:
+      name: of `MODELS`.
+      dtype: in which it computes, whatever its parameters.
 
     Raises:
       ValueError: unknown name.
     """
     if name == 'bundled':
-        return teachers.load_teacher('fashion_mnist')
-    if name != 'cifar10':
+        teacher = teachers.load_teacher('fashion_mnist')
+        network = teacher.network.clone(dtype=jnp.dtype(dtype))
+        return denoisers.float_denoiser(network, teacher.params, teacher.info)
+    if name == 'cifar10':
+        network, image_shape, num_classes = DDPMUNet(), (32, 32, 3), None
+    elif name == 'sd15':
+        network, image_shape, num_classes = network_bench.make_case(name).network, (64, 64, 4), 2
+    else:
         raise ValueError(f'model={name!r}: expected one of {", ".join(MODELS)}.')
+    network = network.clone(dtype=jnp.dtype(dtype))
+    if name == 'sd15':  # two prompts and the empty one, as random as the weights
+        rows = (('context', (network_bench.CLIP_LENGTH, network.context_dim)),)
+        network = networks.Conditioned(network, rows, num_classes + 1)
     info = denoisers.DenoiserInfo(
-        schedule=Schedule(kind='linear'), prediction='eps', image_shape=(32, 32, 3),
-        num_classes=None,
+        schedule=Schedule(kind='linear'), prediction='eps', image_shape=image_shape,
+        num_classes=num_classes,
     )  # fmt: skip
-    network = DDPMUNet()
     return denoisers.float_denoiser(
         network, denoisers.init_params(network, info, jax.random.key(0)), info
     )
+
+
+def stored_as(params: PyTree, dtype: str) -> PyTree:
+    """Parameters whose kernels are `dtype`; norms and biases stay float32."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)
 
 
 def made_up_stats(plan: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,14 +199,17 @@ def make_programs(
     teacher: denoisers.Denoiser, config: BenchConfig, rows: tuple[str, ...]
 ) -> dict[str, Program]:
     """The compiled programs of `rows`, and always the teacher's."""
-    # Min-max ranges: a search would take longer than the benchmark.
-    quant = QuantConfig(weight_observer='minmax', activation_observer='minmax')
+    quant = QuantConfig(
+        weight_bits=config.weight_bits, activation_bits=config.activation_bits,
+        coverage=config.coverage,
+        # Min-max ranges: a search would take longer than the benchmark.
+        weight_observer='minmax', activation_observer='minmax',
+    )  # fmt: skip
     layers = denoisers.quantizable(teacher)
-    plan = denoisers.make_plan(layers, quant)
-    method = methods.make(EfficientDMConfig(), plan)
+    plan = denoisers.make_plan(layers, quant, teacher.network)
     timesteps = np.linspace(990, 0, TABLE_STEPS).astype(np.int32)
     key = jax.random.key(0)
-    state = jax.jit(method.init)(teacher.params, made_up_stats(plan, layers), key)
+    float_teacher = teacher._replace(params=stored_as(teacher.params, config.dtype))
     keys = jax.random.split(key, config.batch_size)
     labels = denoisers.balanced_labels(config.batch_size, teacher.info.num_classes)
     x = samplers.initial_noise(keys, teacher.info.image_shape)
@@ -173,34 +232,45 @@ def make_programs(
             denoiser.predict, denoiser.info, 1.0,
         )  # fmt: skip
 
+    def step(denoiser):
+        t = jnp.asarray(500, jnp.int32)
+        return compile_program(jax.jit(denoiser.predict), (denoiser.params, x, t, labels))
+
+    def begin(options):
+        method = methods.make(options, plan)
+        return method, jax.jit(method.init)(teacher.params, made_up_stats(plan, layers), key)
+
     def finetuning():
+        method, state = begin(EfficientDMConfig())
         options = FinetuneConfig(num_iterations=1000, batch_size=config.batch_size)
         sampler = denoisers.make_denoiser_sampler(teacher, options.sampler)
         optimizer = method.optimizer(state, finetune.make_decay(options))
         loss = finetune.make_loss(teacher, method, plan, timesteps, 'nearest', options)
-        step = finetune.make_train_step(teacher, loss, optimizer, options)
+        train = finetune.make_train_step(teacher, loss, optimizer, options)
         positions = finetune.start_positions(teacher, sampler, options, teacher.params, key)
         start = finetune.TrainState(
             state, optimizer.init(state), positions, jnp.zeros((), jnp.int32)
         )
         start = jax.tree.map(jnp.copy, start)  # donated: the teacher's leaves must survive
         return compile_program(
-            step, (start, teacher.params, sampler, key),
+            train, (start, teacher.params, sampler, key),
             advance=lambda arguments, results: (results[0], *arguments[1:]),
         )  # fmt: skip
 
-    def integers():
+    @functools.cache
+    def student():
+        method, state = begin(RoundToNearestConfig())
         bound = jax.jit(method.bind)(teacher.params, state)
         exported = exporting.make(teacher, plan, bound, timesteps, 'nearest')
-        return draw(exporting.denoiser(exported, 'integer'))
+        exported = exported._replace(params=stored_as(exported.params, config.dtype))
+        return exporting.denoiser(exported, 'integer')
 
     makers = {
-        'teacher': lambda: compile_program(
-            jax.jit(teacher.predict), (teacher.params, x, jnp.asarray(500, jnp.int32), labels)
-        ),
+        'teacher': lambda: step(float_teacher),
         'finetune': finetuning,
-        'sample_float': lambda: draw(teacher),
-        'sample_integer': integers,
+        'step_integer': lambda: step(student()),
+        'sample_float': lambda: draw(float_teacher),
+        'sample_integer': lambda: draw(student()),
     }
     return {name: make() for name, make in makers.items() if name == 'teacher' or name in rows}
 
@@ -246,7 +316,9 @@ def measure_alone(name: str) -> float:
     """The peak memory of a process that sets up, compiles and runs one row and the teacher's."""
     command = [sys.executable, '-m', 'dmq_jax.bench', f'--rows={name}', '--num_rounds=1']
     command += [f'--model={_MODEL.value}', f'--batch_size={_BATCH_SIZE.value or 8}', '--nomemory']
-    command += [f'--num_steps={_NUM_STEPS.value}', '--json=/dev/stdout']
+    command += [f'--num_steps={_NUM_STEPS.value}', f'--dtype={_DTYPE.value}']
+    command += [f'--weight_bits={_WEIGHT_BITS.value}', f'--coverage={_COVERAGE.value}']
+    command += [f'--activation_bits={_ACTIVATION_BITS.value}', '--json=/dev/stdout']
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
     return json.loads(done.stdout[done.stdout.index('{') :])['peak_rss_mb']
 
@@ -310,15 +382,19 @@ def _main(arguments: list[str]) -> None:
     if arguments[1:] or not set(_ROWS.value) <= set(ROWS):
         raise app.UsageError(f'--rows={_ROWS.value}: expected some of {", ".join(ROWS)}.')
     config = BenchConfig(
-        batch_size=_BATCH_SIZE.value or 8, num_steps=_NUM_STEPS.value, num_rounds=_NUM_ROUNDS.value
-    )
-    programs = make_programs(load_model(_MODEL.value), config, tuple(_ROWS.value))
+        batch_size=_BATCH_SIZE.value or 8, num_steps=_NUM_STEPS.value,
+        num_rounds=_NUM_ROUNDS.value, dtype=_DTYPE.value, weight_bits=_WEIGHT_BITS.value,
+        activation_bits=_ACTIVATION_BITS.value, coverage=_COVERAGE.value,
+    )  # fmt: skip
+    teacher = load_model(_MODEL.value, config.dtype)
+    programs = make_programs(teacher, config, tuple(_ROWS.value))
     rows = measure(programs, config)
     if _MEMORY.value:
         rows = {name: row._replace(peak_rss_mb=measure_alone(name)) for name, row in rows.items()}
     result = report(_MODEL.value, config, rows)
     print(
-        f'{_MODEL.value}, batch {config.batch_size}, {result["device"]}, {result["num_cores"]} '
+        f'{_MODEL.value}, batch {config.batch_size}, {config.dtype}, W{config.weight_bits}'
+        f'A{config.activation_bits} {config.coverage}, {result["device"]}, {result["num_cores"]} '
         f'cores, jax {result["versions"]["jax"]}, {result["revision"][:12]}'
     )
     print('\n'.join(table(rows)), flush=True)

@@ -44,7 +44,7 @@ from dmq_jax.models.torch_weights import Source, expected_tensors, read_params
 MEGABYTE = 1e6
 ROOT = Path(__file__).parents[1]
 CONTESTANT = 'tests.oracles.bench_networks'
-_CLIP_LENGTH, _T5_LENGTH = 77, 120
+CLIP_LENGTH, _T5_LENGTH = 77, 120
 _BLOCK = 2**20
 
 
@@ -161,7 +161,7 @@ def make_inputs(case: Case, batch_size: int) -> tuple[tuple, dict[str, Any]]:
     if isinstance(network, DiT) or (isinstance(network, ADMUNet) and network.num_classes):
         named['y'] = jnp.zeros(b, jnp.int32)
     if isinstance(network, LDMUNet) and network.context_dim is not None:
-        named['context'] = normal(_CLIP_LENGTH, network.context_dim)
+        named['context'] = normal(CLIP_LENGTH, network.context_dim)
     if isinstance(network, LDMUNet) and network.added_dim is not None:
         named |= {'pooled': normal(network.pooled_dim), 'sizes': jnp.full((b, 6), 1024.0)}
     if isinstance(network, PixArt):

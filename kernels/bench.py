@@ -1,14 +1,16 @@
 """Times the layers of real networks on integers against floats: `python -m kernels.bench`.
 
   python -m kernels.bench [--networks cifar10 sd15] [--layers NAME ...] [--modes W8A8 W4A4]
-      [--implementations xla triton] [--batch-size 8] [--rounds 20] [--json FILE]
+      [--implementations xla triton] [--batch-size 8] [--rounds 20] [--calls 20] [--json FILE]
   python -m kernels.bench --device-table
 
 Of every layer: median time, spread (the middle half of the calls), operations per second, share of
-the roofline, and how many times faster than float32 and bfloat16 by XLA (sums in float32) and than
-W8A8 by XLA. The roofline is measured here, not read off a data sheet: the rate of a large product
-in each dtype, and that of a large copy (`--device-table` prints these alone). Weights are packed,
-the epilogue is included; activations are integers already. What was not measured is a dash.
+the roofline, and how many times faster than float32 and bfloat16 by XLA (sums in float32; on NVIDIA
+GPUs XLA's float32 is TF32) and than W8A8 by XLA. The roofline is measured here, not read off a data
+sheet: the rate of a large product in each dtype, and that of a large copy (`--device-table` prints
+these alone). No product but our own multiplies 4-bit codes, so their ceiling, where a GPU has
+instructions for them, is twice that of W8A8, as the instructions are. Weights are packed, the
+epilogue is included; activations are integers already. What was not measured is a dash.
 
 A whole network, with quantization: `python -m dmq_jax.bench`.
 """
@@ -28,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kernels import packing, timing
+from kernels import gpu, packing, timing, triton_ptx
 from kernels.epilogue import Epilogue
 from kernels.int_conv import int_conv
 from kernels.int_matmul import int_matmul
@@ -38,8 +40,10 @@ MODES = ('W8A8', 'W4A8', 'W4A4')
 IMPLEMENTATIONS = ('triton', 'xla', 'reference')
 BASELINES = ('float32', 'bfloat16', 'xla W8A8')
 _BYTES = {'float32': 4, 'bfloat16': 2, 'W8A8': 1, 'W4A8': 1, 'W4A4': 1}
-_SQUARE = 2048  # of the products that measure the ceilings
-_COPY = 2**26  # elements of the copy, 256 MiB of float32
+# Sides of the product, and elements of the copy, that measure the ceilings: on anything but a CPU
+# they must take long beside a launch.
+_SQUARE, _LARGE_SQUARE = 2048, 8192
+_COPY, _LARGE_COPY = 2**26, 2**28
 
 
 def operations(shape: Conv | Product, batch_size: int) -> int:
@@ -51,22 +55,27 @@ def operations(shape: Conv | Product, batch_size: int) -> int:
 
 
 def least_bytes(shape: Conv | Product, batch_size: int, kind: str) -> float:
-    """Bytes of both operands, as `kind` stores them, and of a float32 result."""
+    """Bytes of both operands and of the result, bfloat16 or float32, as `kind` stores them."""
     x_bytes = _BYTES[kind]
+    y_bytes = 2 if kind == 'bfloat16' else 4
     w_bytes = x_bytes / 2 if kind in ('W4A8', 'W4A4') else x_bytes
     if isinstance(shape, Conv):
         x = batch_size * shape.H * shape.W * shape.C
         w = shape.O * shape.C * shape.kernel**2
         y = batch_size * shape.H * shape.W * shape.O // shape.stride**2
-        return x * x_bytes + w * w_bytes + 4 * y
+        return x * x_bytes + w * w_bytes + y_bytes * y
     products = batch_size * math.prod(shape.batch)
     x, w, y = shape.M * shape.K, shape.N * shape.K, shape.M * shape.N
     num_w = products if shape.batch else 1
-    return products * (x * x_bytes + 4 * y) + num_w * w * w_bytes
+    return products * (x * x_bytes + y_bytes * y) + num_w * w * w_bytes
 
 
 def float_call(shape: Conv | Product, batch_size: int, dtype: str) -> tuple[Callable, tuple]:
-    """A function of XLA in `dtype`, with float32 sums, and its operands."""
+    """A function of XLA in `dtype`, its result too, and its operands.
+
+    Sums are float32 inside. Asked for a float32 result, XLA for GPU would convert the operands of a
+    convolution to float32 first, a slow baseline.
+    """
     rng = np.random.default_rng(0)
     dtype = jnp.dtype(dtype)
     if isinstance(shape, Conv):
@@ -77,18 +86,14 @@ def float_call(shape: Conv | Product, batch_size: int, dtype: str) -> tuple[Call
         def convolve(x, w):
             return lax.conv_general_dilated(
                 x, w, geometry['strides'], geometry['padding'],
-                dimension_numbers=('NHWC', 'HWIO', 'NHWC'), preferred_element_type=jnp.float32,
+                dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
             )  # fmt: skip
 
         return convolve, (jnp.asarray(x, dtype), jnp.asarray(w, dtype))
     x = rng.standard_normal((batch_size, *shape.batch, shape.M, shape.K), np.float32)
     leading = (batch_size, *shape.batch) if shape.batch else ()
     w = rng.standard_normal((*leading, shape.K, shape.N), np.float32)
-
-    def multiply(x, w):
-        return jnp.matmul(x, w, preferred_element_type=jnp.float32)
-
-    return multiply, (jnp.asarray(x, dtype), jnp.asarray(w, dtype))
+    return jnp.matmul, (jnp.asarray(x, dtype), jnp.asarray(w, dtype))
 
 
 def integer_call(
@@ -140,7 +145,7 @@ def _geometry(shape: Conv) -> dict[str, Any]:
 
 def measure_layer(
     layer: Layer, *, batch_size: int, modes: Sequence[str], implementations: Sequence[str],
-    num_rounds: int,
+    num_rounds: int, num_calls: int = 1,
 ) -> tuple[dict[str, timing.Timing], dict[str, str]]:  # fmt: skip
     """Timings by column, and why the other columns have none."""
     calls = {kind: float_call(layer.shape, batch_size, kind) for kind in ('float32', 'bfloat16')}
@@ -155,20 +160,26 @@ def measure_layer(
                 refused[name] = str(error)
                 continue
             calls[name] = call
-    return timing.measure(calls, num_rounds=num_rounds), refused
+    return timing.measure(calls, num_rounds=num_rounds, num_calls=num_calls), refused
 
 
 def measure_ceilings(*, num_rounds: int) -> dict[str, float]:
     """Operations per second of a large product by kind, and 'bytes' per second of a copy."""
-    square = Product((), _SQUARE, _SQUARE, _SQUARE)
+    is_cpu = jax.default_backend() == 'cpu'
+    size = _SQUARE if is_cpu else _LARGE_SQUARE
+    copied = _COPY if is_cpu else _LARGE_COPY
+    square = Product((), size, size, size)
     calls = {kind: float_call(square, 1, kind) for kind in ('float32', 'bfloat16')}
     calls['W8A8'] = integer_call(square, 1, 'W8A8', 'xla')
-    calls['bytes'] = (lambda x: x + 1, (jnp.zeros(_COPY, jnp.float32),))
+    calls['bytes'] = (lambda x: x + 1, (jnp.zeros(copied, jnp.float32),))
     timings = timing.measure(calls, num_rounds=num_rounds)
     ceilings = {
         kind: operations(square, 1) / timings[kind].median_s for kind in calls if kind != 'bytes'
     }
-    return ceilings | {'bytes': 8 * _COPY / timings['bytes'].median_s}
+    target = gpu.current()
+    if target is not None and triton_ptx.has_int4_instructions(target.capability):
+        ceilings['W4A4'] = 2 * ceilings['W8A8']
+    return ceilings | {'bytes': 8 * copied / timings['bytes'].median_s}
 
 
 def roofline_share(
@@ -239,9 +250,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--batch-size', type=int, default=8)
     parser.add_argument('--rounds', type=int, default=20, help='timed calls of each variant')
+    parser.add_argument(
+        '--calls', type=int, help='of a layer within each timed call; 20 on a GPU or TPU, 1 on CPU'
+    )
     parser.add_argument('--device-table', action='store_true', help='only the measured ceilings')
     parser.add_argument('--json', type=Path, help='file that receives the same numbers')
     given = parser.parse_args(arguments)
+    if min(given.batch_size, given.rounds, given.calls or 1) < 1:
+        parser.error('--batch-size, --rounds and --calls: expected at least 1.')
+    given.calls = given.calls or timing.default_calls()
     known = {layer.name for name in given.networks for layer in NETWORKS[name].layers}
     if unknown := set(given.layers or ()) - known:
         parser.error(f'unknown layers {sorted(unknown)}: expected some of {sorted(known)}')
@@ -252,7 +269,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kind, value in ceilings.items():
         unit = 'GB/s' if kind == 'bytes' else 'Gop/s'
         print(f'| {kind} | {value / 1e9:.0f} {unit} |')
-    result = {'device': device, 'ceilings': ceilings, 'batch_size': given.batch_size, 'layers': []}
+    result = {
+        'device': device, 'ceilings': ceilings, 'batch_size': given.batch_size,
+        'rounds': given.rounds, 'calls': given.calls, 'layers': [],
+    }  # fmt: skip
     for network in () if given.device_table else given.networks:
         result['layers'] += _measure_network(network, given, ceilings)
     if given.json:
@@ -273,6 +293,7 @@ def _measure_network(network: str, given: argparse.Namespace, ceilings: dict) ->
         found, refused = measure_layer(
             layer, batch_size=given.batch_size, modes=given.modes,
             implementations=given.implementations, num_rounds=given.rounds,
+            num_calls=given.calls,
         )  # fmt: skip
         for name in found:
             print(table_row(layer, given.batch_size, name, found, ceilings), flush=True)
@@ -280,7 +301,15 @@ def _measure_network(network: str, given: argparse.Namespace, ceilings: dict) ->
         rows.append({
             'network': network, 'layer': layer.name, 'count': layer.count,
             'shape': layer.shape._asdict(), 'refused': refused,
-            'timings': {name: taken._asdict() for name, taken in found.items()},
+            'operations': operations(layer.shape, given.batch_size),
+            'timings': {
+                name: taken._asdict() | {
+                    'roofline_share': roofline_share(
+                        layer.shape, given.batch_size, name, taken.median_s, ceilings
+                    )
+                }
+                for name, taken in found.items()
+            },
         })  # fmt: skip
     for name, reason in reasons.items():
         print(f'\nnot measured, {name}: {reason}')

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 OUT_DTYPES = ('float32', 'bfloat16', 'float16')
 
@@ -51,8 +51,8 @@ def check(
     Raises:
       ValueError: says which array disagrees.
     """
-    if jnp.dtype(out_dtype).name not in OUT_DTYPES:
-        raise ValueError(f'out_dtype={out_dtype}: expected one of {OUT_DTYPES}.')
+    if out_dtype not in OUT_DTYPES:
+        raise ValueError(f'out_dtype={out_dtype!r}: expected one of {OUT_DTYPES}.')
     rows = epilogue.x_scale.shape
     down, up = epilogue.low_rank or (None, None)
     for name, array, shapes in (
@@ -74,6 +74,11 @@ def check(
             )
 
 
+def picked_row(table: Shaped[Array, 'S'], row: Int32[Array, '*rows']) -> Shaped[Array, '*rows']:
+    """Entries of a table over timesteps; a row outside it is the nearest one, in every back end."""
+    return table[jnp.clip(row, 0, table.shape[0] - 1)]
+
+
 def apply(
     total: Int32[Array, '*rows N'], epilogue: Epilogue, w_sum: Int32[Array, '...'], out_dtype: str
 ) -> Float[Array, '*rows N']:
@@ -88,8 +93,7 @@ def apply(
     """
 
     def rows_of(table: Array) -> Array:
-        # A row outside the table is the nearest one, in every back end.
-        picked = table[jnp.clip(epilogue.row, 0, table.shape[0] - 1)]
+        picked = picked_row(table, epilogue.row)
         return picked.reshape(picked.shape + (1,) * (total.ndim - picked.ndim))
 
     def as_last(vector: Array) -> Array:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int8, Int32, UInt8
 
-from kernels import gpu, triton_ptx
+from kernels import gpu, triton_ptx, triton_tiles
 from kernels.epilogue import Epilogue
 from kernels.triton_tiles import CANDIDATES, Tile
 
@@ -79,6 +79,55 @@ def _missing_packages() -> str | None:
     return None
 
 
+def launch_tiles(
+    kernel: Any,
+    op: str,
+    operands: tuple[Array, Array, Epilogue | None, Int32[Array, '...'] | None],
+    out: jax.ShapeDtypeStruct,
+    *,
+    groups: int,
+    x_size: int,
+    w_size: int,
+    constants: Mapping[str, Any],
+    others: Sequence[Array] = (),
+) -> Array:
+    """One launch over the tiles of a product, or of several: what both operations have in common.
+
+    Args:
+      kernel: see `launch`; its arguments are x, w, those of the epilogue, the others, the result.
+      op: 'int_matmul' or 'int_conv', whose tiles to use.
+      operands: x, w (uint8 if packed), epilogue, and the sums of w where it has a zero point.
+      out: the result, outputs last.
+      groups: number of products.
+      x_size: codes of x in one product.
+      w_size: the same of w.
+      constants: sizes of the operation.
+      others: further operands.
+    """
+    x, w, epilogue, w_sum = operands
+    N = out.shape[-1]
+    num_rows = out.size // N
+    M = num_rows // groups
+    check_sizes(groups, x_size, w_size, M * N)
+    kind, target = mode(x, w), gpu.current()
+    tile = triton_tiles.lookup(
+        op, kind, M, N, w.shape[-1], capability=target.capability, device_kind=target.kind
+    )
+    arrays, terms = epilogue_operands(epilogue, w_sum, num_rows=num_rows, num_outputs=N)
+
+    def grid(sizes):
+        return (-(-M // sizes['BM']) * -(-N // sizes['BN']), groups)
+
+    return launch(
+        kernel,
+        (as_int8(x), as_int8(w), *arrays, *others),
+        out,
+        grid=grid,
+        tile=tile,
+        constants={**constants, **mode_constants(kind), **terms},
+    )
+
+
 def launch(
     kernel: Any,
     arrays: Sequence[Array],
@@ -109,7 +158,7 @@ def launch(
     else:
         options |= {'num_warps': tile.num_warps, 'num_stages': tile.num_stages}
     # Not fused: products and sums are rounded as XLA rounds them.
-    if int(jax_triton.__version__.split('.')[1]) >= 4:
+    if tuple(map(int, jax_triton.__version__.split('.')[:2])) >= (0, 4):
         options |= {'out_type': out, 'backend_options': {'enable_fp_fusion': False}}
     else:
         options |= {'out_shape': out, 'enable_fp_fusion': False}
@@ -132,7 +181,35 @@ def _autotuned(kernel: Any) -> Any:
     return triton.autotune(configs=configs, key=[])(kernel)
 
 
-def without_gradient(run: Callable[..., Array], name: str) -> Callable[..., Array]:
+def call(
+    name: str,
+    launch_one: Callable[..., Array],
+    fold: Callable[..., Array],
+    operands: tuple,
+    **options: Any,
+) -> Array:
+    """`launch_one(*operands, **options)`, which vmap batches and which has no gradient.
+
+    Args:
+      name: of the operation, for the error about gradients.
+      launch_one: launches a kernel.
+      fold: (size of the axis, which operands have it, operands, **options) → all results.
+      operands: pytrees of arrays.
+      **options: of both functions.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def run(*operands):
+        return launch_one(*operands, **options)
+
+    @run.def_vmap
+    def batch(axis_size, in_batched, *operands):
+        return fold(axis_size, in_batched, operands, **options), True
+
+    return _without_gradient(run, name)(*operands)
+
+
+def _without_gradient(run: Callable[..., Array], name: str) -> Callable[..., Array]:
     """The same function of arrays, whose derivative is an error that says what to do."""
     run = jax.custom_jvp(run)
 

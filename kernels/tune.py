@@ -72,7 +72,10 @@ def best_tile(calls: list[tuple], *, num_rounds: int) -> triton_tiles.Tile:
         try:
             with triton_tiles.using(tile):
                 timed = [
-                    timing.measure({'call': call}, num_rounds=num_rounds)['call'] for call in calls
+                    timing.measure(
+                        {'call': call}, num_rounds=num_rounds, num_calls=timing.MANY_CALLS
+                    )['call']
+                    for call in calls
                 ]
         except jax.errors.JaxRuntimeError as error:  # more shared memory than this GPU has
             print(f'{tile}: {str(error).splitlines()[0]}')

@@ -57,7 +57,7 @@ ALLOWED = {
     | {'train_classifier'}
     | LIBRARIES,
     'train_classifier': LIBRARIES,
-    'bench': {'command_line', 'denoisers', 'network_bench', 'teachers', 'kernels'}
+    'bench': {'command_line', 'denoisers', 'network_bench', 'networks', 'teachers', 'kernels'}
     | STAGES
     | LIBRARIES,
     'network_bench': {'checkpoints'} | LIBRARIES,

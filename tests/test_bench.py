@@ -1,6 +1,7 @@
 """The benchmark on a network that takes no time: every row is there and its numbers make sense."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from dmq_jax import bench, denoisers
@@ -37,6 +38,26 @@ def test_every_row_is_measured_and_reported(teacher):
     assert report['rows']['finetune']['program_mb'] == rows['finetune'].program_mb
     assert report['peak_rss_mb'] > 10
     assert report['versions']['jax'] == jax.__version__
+
+
+@pytest.mark.parametrize(('weight_bits', 'activation_bits'), [(8, 8), (4, 8)])
+def test_integer_rows_have_the_bits_and_the_dtype_asked_for(teacher, weight_bits, activation_bits):
+    config = bench.BenchConfig(
+        batch_size=2, num_steps=1, num_rounds=1, dtype='bfloat16', coverage='full',
+        weight_bits=weight_bits, activation_bits=activation_bits,
+    )  # fmt: skip
+    half = denoisers.float_denoiser(
+        teacher.network.clone(dtype=jnp.bfloat16), teacher.params, teacher.info
+    )
+    programs = bench.make_programs(half, config, ('step_integer', 'sample_integer'))
+    assert list(programs) == ['teacher', 'step_integer', 'sample_integer']
+    for name, program in programs.items():
+        assert bench.call(program)[1] > 0, name
+    params = programs['step_integer'].arguments[0]
+    widths = {entry['codes'].dtype.name for entry in params['weights'].values()}
+    assert widths == {'uint8' if weight_bits == 4 else 'int8'}
+    kernels = [leaf for leaf in jax.tree.leaves(programs['teacher'].arguments[0]) if leaf.ndim > 1]
+    assert kernels and {leaf.dtype.name for leaf in kernels} == {'bfloat16'}
 
 
 def test_rows_not_asked_for_are_not_compiled(teacher):

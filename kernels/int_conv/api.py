@@ -1,6 +1,8 @@
 """Front door of the integer convolution: checks, unpacking, choice of the back end."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int8, Int32, UInt8
 
 from kernels import choices, packing, triton_shim
-from kernels.epilogue import Epilogue, apply, check
+from kernels.epilogue import Epilogue, apply, check, picked_row
 from kernels.int_conv import reference, xla
 from kernels.int_matmul.api import (
     Backend,
@@ -18,6 +20,7 @@ from kernels.int_matmul.api import (
     check_input,
     check_weight,
     choose_backend,
+    largest_term,
     mode_of,
     never,
     num_codes,
@@ -84,7 +87,7 @@ def takes_nibbles(
       strides: as for `int_conv`.
       padding: as for `int_conv`.
     """
-    height, width = _output_size(x_shape, w_shape, strides, padding)
+    height, width = reference.output_size(x_shape[1:3], w_shape[1:3], strides, padding)
     problem = Problem(
         'W4A4', 1, x_shape[0] * height * width, w_shape[0], math.prod(w_shape[1:]),
         packing.packed_length(x_shape[-1], 4), 8, True, math.prod(x_shape),
@@ -131,7 +134,8 @@ def int_conv(
       signed: whether packed codes are signed; ignored for int8.
       kernel_size: (kh, kw) of packed weights; None means a square kernel. Ignored for int8.
       x_bits: width of packed codes of x; None for int8.
-      x_max: largest |code| in x and pad_value, a promise used only to bound the accumulator.
+      x_max: largest |code| in x and pad_value, a promise that bounds the accumulator, and by
+        which an algorithm for narrow codes may be chosen.
       w_max: the same for w; None takes it from `bits` and `signed`.
       epilogue: makes real values of the sums; None returns them. Its low-rank branch is given
         as [B, Ho, Wo, R].
@@ -148,42 +152,26 @@ def int_conv(
       NotImplementedError: if the named back end cannot run here.
     """
     choose_backend(BACKENDS, implementation)
-    if x.ndim != 4 or (x_bits is None and x.dtype != jnp.int8):
-        raise ValueError(f'x is {x.dtype} {x.shape}: expected int8 [B, H, W, C].')
+    x, w = jnp.asarray(x), jnp.asarray(w)
     check_input(x, x_bits)
     code_max = check_weight(w, bits, signed)
-    C = num_codes(x, w, bits, x_bits)
-    if x_bits is not None and x.shape[-1] != packing.packed_length(C, x_bits):
-        raise ValueError(
-            f'x has {x.shape[-1]} bytes per pixel: expected {packing.packed_length(C, x_bits)} '
-            f'for C={C}, x_bits={x_bits}.'
-        )
-    if bits is not None:
-        kernel_size = _check_taps(w, bits, kernel_size, channels=C)
-    elif w.ndim == 4:
-        kernel_size = w.shape[1:3]
-    if bits is None and (w.ndim != 4 or w.shape[-1] != C):
-        raise ValueError(f'w {w.shape} for x {x.shape}: expected [O, kh, kw, C={C}].')
-    num_outputs = w.shape[0]
-    w_shape = (num_outputs, *kernel_size, C)
+    w_shape = _weight_shape(x, w, bits=bits, x_bits=x_bits, kernel_size=kernel_size)
+    num_outputs, *kernel_size, C = w_shape
     _check_geometry(x.shape, w_shape, strides, padding)
     K = math.prod(w_shape[1:])
     w_max = code_max if w_max is None else w_max
-    check_accumulator(K, x_max, w_max)
-    height, width = _output_size(x.shape, w_shape, strides, padding)
-    has_zero = False
+    check_accumulator(K, largest_term(x_max, epilogue), w_max)
+    rows_shape = (x.shape[0], *reference.output_size(x.shape[1:3], kernel_size, strides, padding))
     if epilogue is not None:
-        rows_shape = (x.shape[0], height, width)
         check(epilogue, out_dtype, rows_shape=rows_shape, num_outputs=num_outputs)
-        has_zero = epilogue.zero_point is not None
+    has_zero = epilogue is not None and epilogue.zero_point is not None
     if pad_value is None and has_zero:
-        last_row = epilogue.zero_point.shape[0] - 1
-        pad_value = epilogue.zero_point[jnp.clip(epilogue.row, 0, last_row)]
-    pad_value = _check_pad_value(0 if pad_value is None else pad_value, x.shape[0])
+        pad_value = picked_row(epilogue.zero_point, epilogue.row)
+    pad_value = _check_pad_value(0 if pad_value is None else pad_value, x.shape[0], x_max)
     mode = mode_of(w, bits, signed, x_bits)
     problem = Problem(
-        mode, 1, x.shape[0] * height * width, num_outputs, K, w.shape[-1], x_max,
-        epilogue is not None, x.size,
+        mode, 1, math.prod(rows_shape), num_outputs, K, w.shape[-1], x_max,
+        epilogue is not None, math.prod(x.shape[:3]) * C,
     )  # fmt: skip
     choice = choose(w_shape, implementation, problem, strides=strides, w_max=w_max)
     name = choice.implementation
@@ -220,13 +208,23 @@ def int_conv(
     return apply(total, epilogue, w_sum, out_dtype)
 
 
-def _output_size(x_shape, w_shape, strides, padding) -> tuple[int, int]:
-    """(Ho, Wo)."""
-    height, width = (
-        (x_shape[1 + axis] + sum(padding[axis]) - w_shape[1 + axis]) // strides[axis] + 1
-        for axis in (0, 1)
-    )
-    return height, width
+def _weight_shape(
+    x: Array, w: Array, *, bits: int | None, x_bits: int | None, kernel_size: tuple[int, int] | None
+) -> tuple[int, int, int, int]:
+    """[O, kh, kw, C] of the codes of w, once the shapes of both operands agree."""
+    if x.ndim != 4:
+        raise ValueError(f'x is {x.dtype} {x.shape}: expected int8 [B, H, W, C].')
+    C = num_codes(x, w, bits, x_bits)
+    if x_bits is not None and x.shape[-1] != packing.packed_length(C, x_bits):
+        raise ValueError(
+            f'x has {x.shape[-1]} bytes per pixel: expected {packing.packed_length(C, x_bits)} '
+            f'for C={C}, x_bits={x_bits}.'
+        )
+    if bits is not None:
+        return w.shape[0], *_check_taps(w, bits, kernel_size, channels=C), C
+    if w.ndim != 4 or w.shape[-1] != C:
+        raise ValueError(f'w {w.shape} for x {x.shape}: expected [O, kh, kw, C={C}].')
+    return w.shape
 
 
 def _check_taps(
@@ -256,9 +254,10 @@ def _check_geometry(
     padding: tuple[tuple[int, int], tuple[int, int]],
 ) -> None:
     """Strides of two positive ints, padding of explicit ints, at least one output pixel."""
-    if len(strides) != 2 or min(strides) < 1:
-        raise ValueError(f'strides={strides}: expected two integers >= 1.')
-    if isinstance(padding, str) or len(padding) != 2 or min(map(min, padding)) < 0:
+    if not _are_integers(strides, 2, at_least=1):
+        raise ValueError(f'strides={strides!r}: expected two integers >= 1.')
+    is_pair = isinstance(padding, Sequence) and len(padding) == 2
+    if not is_pair or not all(_are_integers(sides, 2, at_least=0) for sides in padding):
         raise ValueError(
             f'padding={padding!r}: expected ((top, bottom), (left, right)), each >= 0.'
         )
@@ -269,13 +268,23 @@ def _check_geometry(
             )
 
 
+def _are_integers(values: Any, count: int, *, at_least: int) -> bool:
+    return (
+        isinstance(values, Sequence)
+        and len(values) == count
+        and all(isinstance(value, int | np.integer) and value >= at_least for value in values)
+    )
+
+
 def _check_pad_value(
-    pad_value: int | np.integer | Array | np.ndarray, batch_size: int
+    pad_value: int | np.integer | Array | np.ndarray, batch_size: int, x_max: int
 ) -> int | Array:
     """The pad value as a Python int, or an int32 array of shape [] or [B]."""
     if not isinstance(pad_value, jax.Array) and jnp.ndim(pad_value) == 0:
         if int(pad_value) != pad_value or not -128 <= pad_value <= 127:
             raise ValueError(f'pad_value={pad_value}: expected an integer in [-128, 127].')
+        if abs(int(pad_value)) > x_max:
+            raise ValueError(f'pad_value={pad_value} with x_max={x_max}: expected a larger x_max.')
         return int(pad_value)
     pad_value = jnp.asarray(pad_value)
     if not jnp.issubdtype(pad_value.dtype, jnp.integer) or pad_value.shape not in (

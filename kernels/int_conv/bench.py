@@ -92,7 +92,9 @@ def main() -> None:
     print(timing.report_header(columns, num_rounds=arguments.rounds))
     for name in names:
         shape = REAL[name]
-        timings = timing.measure(variants(shape), num_rounds=arguments.rounds)
+        timings = timing.measure(
+            variants(shape), num_rounds=arguments.rounds, num_calls=timing.default_calls()
+        )
         height, width = (
             (size + sum(shape.padding) - shape.kernel) // shape.stride + 1
             for size in (shape.H, shape.W)

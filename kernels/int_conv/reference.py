@@ -18,6 +18,20 @@ def pad_with_codes(
     return jnp.where(inside, jnp.pad(x, widths), codes)
 
 
+def output_size(
+    image_size: tuple[int, int],
+    kernel_size: tuple[int, int],
+    strides: tuple[int, int],
+    padding: tuple[tuple[int, int], tuple[int, int]],
+) -> tuple[int, int]:
+    """(Ho, Wo) of a convolution of images of (H, W)."""
+    height, width = (
+        (image_size[axis] + sum(padding[axis]) - kernel_size[axis]) // strides[axis] + 1
+        for axis in (0, 1)
+    )
+    return height, width
+
+
 def int_conv(
     x: Int8[Array, 'B H W C'],
     w: Int8[Array, 'O kh kw C'],
@@ -29,8 +43,7 @@ def int_conv(
     """out[b, h, w, o] = sum over i, j, c of padded[b, h s + i, w s + j, c] w[o, i, j, c]."""
     padded = pad_with_codes(x, padding, pad_value).astype(jnp.int32)
     _, kh, kw, _ = w.shape
-    height = (padded.shape[1] - kh) // strides[0] + 1
-    width = (padded.shape[2] - kw) // strides[1] + 1
+    height, width = output_size(x.shape[1:3], (kh, kw), strides, padding)
     total = jnp.zeros((x.shape[0], height, width, w.shape[0]), jnp.int32)
     for i in range(kh):
         for j in range(kw):

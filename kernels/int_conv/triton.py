@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, Int8, Int32, UInt8
 
 from kernels import triton_parts as parts
 from kernels import triton_shim as shim
-from kernels import triton_tiles
 from kernels.epilogue import Epilogue
+from kernels.int_conv.reference import output_size
 from kernels.int_matmul import triton as products
 
 
@@ -153,17 +153,7 @@ def int_conv(
 
 
 def _call(operands, **options):
-    """`_launch`, which vmap batches and which has no gradient."""
-
-    @jax.custom_batching.custom_vmap
-    def run(*operands):
-        return _launch(*operands, **options)
-
-    @run.def_vmap
-    def batch(axis_size, in_batched, *operands):
-        return _fold(axis_size, in_batched, operands, **options), True
-
-    return shim.without_gradient(run, 'int_conv')(*operands)
+    return shim.call('int_conv', _launch, _fold, operands, **options)
 
 
 def _fold(axis_size, in_batched, operands, **options):
@@ -188,31 +178,22 @@ def _launch(
 ):
     B, H, W, _ = x.shape
     N = w.shape[0]
-    HO, WO = (
-        (size + sum(padding[axis]) - kernel_size[axis]) // strides[axis] + 1
-        for axis, size in enumerate((H, W))
-    )
-    M = B * HO * WO
-    shim.check_sizes(1, x.size, w.size, M * N)
-    mode = shim.mode(x, w)
-    target = shim.gpu.current()
-    tile = triton_tiles.lookup(
-        'int_conv', mode, M, N, w.shape[-1],
-        capability=target.capability, device_kind=target.kind,
-    )  # fmt: skip
-    arrays, constants = shim.epilogue_operands(epilogue, w_sum, num_rows=M, num_outputs=N)
+    HO, WO = output_size((H, W), kernel_size, strides, padding)
     geometry = {
         'B': B, 'H': H, 'W': W, 'C': channels, 'N': N, 'HO': HO, 'WO': WO,
         'KH': kernel_size[0], 'KW': kernel_size[1],
         'STRIDE_H': strides[0], 'STRIDE_W': strides[1],
         'TOP': padding[0][0], 'LEFT': padding[1][0],
-        'PADS': tap_sum is not None, 'PIXELS_PER_PAD': M // pad.shape[0],
+        'PADS': tap_sum is not None, 'PIXELS_PER_PAD': B * HO * WO // pad.shape[0],
     }  # fmt: skip
-    return shim.launch(
+    return shim.launch_tiles(
         _conv,
-        (shim.as_int8(x), shim.as_int8(w), *arrays, pad, pad if tap_sum is None else tap_sum),
+        'int_conv',
+        (x, w, epilogue, w_sum),
         jax.ShapeDtypeStruct((B, HO, WO, N), out_dtype),
-        grid=lambda sizes: (triton.cdiv(M, sizes['BM']) * triton.cdiv(N, sizes['BN']),),
-        tile=tile,
-        constants={**geometry, **shim.mode_constants(mode), **constants},
+        groups=1,
+        x_size=x.size,
+        w_size=w.size,
+        constants=geometry,
+        others=(pad, pad if tap_sum is None else tap_sum),
     )

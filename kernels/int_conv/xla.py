@@ -14,8 +14,8 @@ from jax import lax
 from jaxtyping import Array, Int8, Int32
 
 from kernels import cpu
-from kernels.int_conv import winograd
-from kernels.int_conv.reference import pad_with_codes
+from kernels.int_conv import reference, winograd
+from kernels.int_conv.reference import output_size, pad_with_codes
 from kernels.int_matmul import xla as dot
 
 refusal = dot.refusal
@@ -59,7 +59,10 @@ def choose_algorithm(
         return 'im2col', 'XLA for GPU does not compile int8 convolutions to int32'
     no_winograd = winograd_refusal(w_shape, strides, x_max, w_max)
     if no_winograd is None:
-        return 'winograd', f'codes up to {x_max} and {w_max}: 2.25 times fewer products'
+        return 'winograd', (
+            f'no int8 dot instructions here, and codes up to {x_max} and {w_max}: 2.25 times fewer '
+            'products'
+        )
     algorithm, reason = _choose_for_cpu(channels, num_pixels * kh * kw * channels)
     return algorithm, f'{reason}; no winograd: {no_winograd}'
 
@@ -164,10 +167,9 @@ def int_conv(
     w_max: int = 128,
 ) -> Int32[Array, 'B Ho Wo O']:
     """The convolution of `reference.int_conv`, by the algorithm of `choose_algorithm`."""
-    height, width = (
-        (x.shape[1 + axis] + sum(padding[axis]) - w.shape[1 + axis]) // strides[axis] + 1
-        for axis in (0, 1)
-    )
+    height, width = output_size(x.shape[1:3], w.shape[1:3], strides, padding)
+    if 0 in (*x.shape, *w.shape):  # no algorithm need care for what it does not multiply
+        return reference.int_conv(x, w, strides=strides, padding=padding, pad_value=pad_value)
     name, _ = choose_algorithm(
         w.shape, strides=strides, x_max=x_max, w_max=w_max,
         num_pixels=x.shape[0] * height * width,

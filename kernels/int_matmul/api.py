@@ -119,6 +119,13 @@ def check_accumulator(num_products: int, x_max: int, w_max: int) -> None:
         )
 
 
+def largest_term(x_max: int, epilogue: Epilogue | None) -> int:
+    """The largest |code|, or |code - zero point| where an epilogue takes one out of the sums."""
+    if epilogue is None or epilogue.zero_point is None:
+        return x_max
+    return max(x_max, min(x_max, 127) + 128)
+
+
 def check_weight(w: Array, bits: int | None, signed: bool) -> int:
     """Checks dtype and `bits` of a weight; returns the largest |code| it can hold.
 
@@ -276,6 +283,7 @@ def int_matmul(
       NotImplementedError: if the named back end cannot run here.
     """
     choose_backend(BACKENDS, implementation)
+    x, w = jnp.asarray(x), jnp.asarray(w)
     check_input(x, x_bits)
     code_max = check_weight(w, bits, signed)
     K = num_codes(x, w, bits, x_bits)
@@ -290,7 +298,8 @@ def int_matmul(
             f'x {x.shape} and w {w.shape} (bits={bits}): expected [..., M, K] and [..., N, K], or '
             '[..., N, packed_length(K, bits)] if packed, with equal leading dimensions.'
         )
-    check_accumulator(K, x_max, code_max if w_max is None else w_max)
+    w_max = code_max if w_max is None else w_max
+    check_accumulator(K, largest_term(x_max, epilogue), w_max)
     N = w.shape[-2]
     if epilogue is not None:
         check(epilogue, out_dtype, rows_shape=x.shape[:-1], num_outputs=N)

@@ -76,7 +76,9 @@ def main() -> None:
     print(timing.report_header(variants(REAL[names[0]]), num_rounds=arguments.rounds))
     for name in names:
         shape = REAL[name]
-        timings = timing.measure(variants(shape), num_rounds=arguments.rounds)
+        timings = timing.measure(
+            variants(shape), num_rounds=arguments.rounds, num_calls=timing.default_calls()
+        )
         num_products = math.prod(shape.batch) * shape.M * shape.N * shape.K
         print(timing.report_line(name, timings, num_products=num_products), flush=True)
 

@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int8, Int32, UInt8
 
 from kernels import triton_parts as parts
 from kernels import triton_shim as shim
-from kernels import triton_tiles
 from kernels.epilogue import Epilogue
 
 
@@ -101,17 +100,7 @@ def int_matmul(
 
 
 def _call(operands, **options):
-    """`_launch`, which vmap batches and which has no gradient."""
-
-    @jax.custom_batching.custom_vmap
-    def run(*operands):
-        return _launch(*operands, **options)
-
-    @run.def_vmap
-    def batch(axis_size, in_batched, *operands):
-        return _fold(axis_size, in_batched, operands, **options), True
-
-    return shim.without_gradient(run, 'int_matmul')(*operands)
+    return shim.call('int_matmul', _launch, _fold, operands, **options)
 
 
 def _fold(axis_size, in_batched, operands, **options):
@@ -139,19 +128,13 @@ def _fold(axis_size, in_batched, operands, **options):
 def _launch(x, w, epilogue, w_sum, *, length, out_dtype):
     groups, M, _ = x.shape
     N = w.shape[1]
-    shim.check_sizes(groups, M * length, N * length, M * N)
-    mode = shim.mode(x, w)
-    target = shim.gpu.current()
-    tile = triton_tiles.lookup(
-        'int_matmul', mode, M, N, w.shape[-1],
-        capability=target.capability, device_kind=target.kind,
-    )  # fmt: skip
-    arrays, constants = shim.epilogue_operands(epilogue, w_sum, num_rows=groups * M, num_outputs=N)
-    return shim.launch(
+    return shim.launch_tiles(
         _gemm,
-        (shim.as_int8(x), shim.as_int8(w), *arrays),
+        'int_matmul',
+        (x, w, epilogue, w_sum),
         jax.ShapeDtypeStruct((groups, M, N), out_dtype),
-        grid=lambda sizes: (triton.cdiv(M, sizes['BM']) * triton.cdiv(N, sizes['BN']), groups),
-        tile=tile,
-        constants={'M': M, 'N': N, 'K': length, **shim.mode_constants(mode), **constants},
+        groups=groups,
+        x_size=M * length,
+        w_size=N * length,
+        constants={'M': M, 'N': N, 'K': length},
     )

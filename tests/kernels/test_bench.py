@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from dmq_jax.models.ddpm_unet import DDPMUNet
-from kernels import bench
+from kernels import bench, gpu, timing
 from kernels.layer_lists import NETWORKS, Conv, Layer, Product
 
 SMALL = (
@@ -68,10 +68,28 @@ def test_a_table_and_json_hold_what_was_measured_and_why_the_rest_was_not(tmp_pa
     assert '| triton W4A4 |' not in out and 'not measured, triton W4A4: triton: no NVIDIA' in out
     (row,) = json.loads(file.read_text())['layers']
     assert set(row['timings']) == {'float32', 'bfloat16', 'xla W4A4'}
-    assert row['timings']['xla W4A4']['median_s'] > 0
+    taken = row['timings']['xla W4A4']
+    assert taken['median_s'] > 0
+    bound = row['operations'] / json.loads(file.read_text())['ceilings']['W8A8']
+    assert taken['roofline_share'] >= bound / taken['median_s'] * (1 - 1e-6)
+
+
+def test_a_gpu_with_4_bit_instructions_has_a_ceiling_of_its_own(monkeypatch):
+    fixed = timing.Timing(0.0, 1.0)
+    monkeypatch.setattr(timing, 'measure', lambda calls, **_: dict.fromkeys(calls, fixed))
+    shape = Product((), 4096, 4096, 4096)
+    for capability, factor in ((86, 2), (90, 1)):
+        with gpu.targeting(capability):
+            ceilings = bench.measure_ceilings(num_rounds=1)
+        shares = [bench.roofline_share(shape, 1, f'triton {m}', 1.0, ceilings)
+                  for m in ('W8A8', 'W4A4')]  # fmt: skip
+        assert shares[0] == pytest.approx(factor * shares[1])
 
 
 def test_unknown_layers_are_refused(capsys):
     with pytest.raises(SystemExit):
         bench.main(['--networks', 'cifar10', '--layers', 'conv_9x9'])
     assert 'expected some of' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main(['--rounds', '0'])
+    assert 'expected at least 1' in capsys.readouterr().err

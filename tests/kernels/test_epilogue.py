@@ -71,5 +71,5 @@ def test_an_array_that_does_not_fit_is_named(changes, text):
 
 
 def test_other_dtypes_of_the_result_are_refused():
-    with pytest.raises(ValueError, match="out_dtype=int32: expected one of .'float32'"):
+    with pytest.raises(ValueError, match="out_dtype='int32': expected one of .'float32'"):
         epilogue.check(arrays(), 'int32', rows_shape=(3, 2), num_outputs=N)

@@ -1,3 +1,4 @@
+import re
 import sys
 
 import jax
@@ -15,6 +16,26 @@ def test_every_variant_is_compiled_and_timed():
     timings = timing.measure(variants, num_rounds=3)
     assert list(timings) == ['float32', 'sum']
     assert all(t.compile_s > 0 and t.median_s > 0 for t in timings.values())
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.int8])
+def test_calls_within_a_timed_one_are_all_made_by_xla_too(dtype):
+    x, w = jnp.ones((64, 64), dtype), jnp.ones((64, 32), dtype)
+    sums = jnp.int32 if dtype == jnp.int8 else jnp.float32
+
+    def multiply(x, w):
+        # What depends on one operand alone must not leave the loop either.
+        w = jnp.cos(w.astype(jnp.float32)).astype(dtype)
+        return jnp.matmul(x, w, preferred_element_type=sums)
+
+    text = jax.jit(timing._repeated(multiply, 5)).lower(x, w).compile().as_text()
+    assert '"known_trip_count":{"n":"4"}' in text
+    for operation in ('cosine', 'dot'):
+        # One before the loop, one in its body.
+        found = re.findall(rf' {operation}\(.*op_name="([^"]*)"', text)
+        assert len(found) == 2 and sum('while/body' in name for name in found) == 1
+    timings = timing.measure({'product': (multiply, (x, w))}, num_rounds=1, num_calls=5)
+    assert timings['product'].median_s > 0
 
 
 def test_ratios_are_baseline_over_variant():

@@ -16,7 +16,7 @@ def test_the_fastest_candidate_of_each_class_is_written_and_then_used(
 ):
     fastest = triton_tiles.CANDIDATES[-1]
 
-    def measure(variants, *, num_rounds):
+    def measure(variants, *, num_rounds, num_calls):
         ((function, operands),) = variants.values()
         jax.eval_shape(function, *operands)  # the shapes and the mode are right
         forced = triton_tiles.lookup('', '', 1, 1, 1, capability=86, device_kind='')

@@ -1,5 +1,6 @@
 """The scripts of launch/ are sound, and the manifest is one that Kubernetes would take."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -34,6 +35,16 @@ def test_a_script_begins_with_how_to_use_it(script):
     head = lines[: next(i for i, line in enumerate(lines) if not line.startswith('# '))]
     assert 2 <= len(head) <= 5, head
     assert re.search(r'(Use|\w): |bash launch', '\n'.join(head))
+
+
+def test_kernels_are_not_measured_where_they_cannot_run(tmp_path):
+    folder = tmp_path / 'measured'
+    done = subprocess.run(
+        ['bash', str(LAUNCH / 'bench_gpu.sh'), str(folder)], capture_output=True, text=True,
+        env={**os.environ, 'PYTHON': sys.executable, 'JAX_PLATFORMS': 'cpu'},
+    )  # fmt: skip
+    assert done.returncode == 1 and 'no NVIDIA GPU here' in done.stderr
+    assert not folder.exists()
 
 
 # What JobSet v1alpha2 and Kubernetes batch/v1 and core/v1 say of the fields used here: the name of

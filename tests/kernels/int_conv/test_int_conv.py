@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from kernels import choices, cpu, packing
+from kernels.epilogue import Epilogue
 from kernels.int_conv import choose, int_conv, winograd, xla
 from kernels.int_conv.shapes import REAL, SMALL
 
@@ -291,6 +292,28 @@ def test_a_sum_that_may_exceed_int32_is_an_error():
     assert int_conv(x, w, w_max=1, **geometry).item() == 9 * 14_564
 
 
+def test_what_the_zero_point_takes_out_counts_too():
+    # 7400 channels of 9 taps fit by themselves, not with codes 255 away from the zero point.
+    x, w = jnp.ones((1, 3, 3, 7_400), jnp.int8), jnp.ones((1, 3, 3, 7_400), jnp.int8)
+    geometry = {'strides': (1, 1), 'padding': ((0, 0), (0, 0))}
+    scales = Epilogue(jnp.ones(1), jnp.ones(1), jnp.int32(0))
+    assert int_conv(x, w, epilogue=scales, **geometry).item() == 9 * 7_400
+    shifted = scales._replace(zero_point=jnp.zeros(1, jnp.int32))
+    with pytest.raises(ValueError, match='66600 products of codes up to 255 and 128'):
+        int_conv(x, w, epilogue=shifted, **geometry)
+
+
+@pytest.mark.parametrize('implementation', NAMES)
+@pytest.mark.parametrize('limit', [128, 8])
+def test_nothing_times_something_is_nothing(implementation, limit):
+    options = {'x_max': limit, 'w_max': limit, 'implementation': implementation}
+    geometry = {'strides': (1, 1), 'padding': ((1, 1), (1, 1))}
+    for B, C, O in ((0, 32, 32), (2, 32, 0), (2, 0, 32)):  # noqa: E741
+        x, w = jnp.ones((B, 4, 5, C), jnp.int8), jnp.ones((O, 3, 3, C), jnp.int8)
+        got = int_conv(x, w, **options, **geometry)
+        np.testing.assert_array_equal(got, np.zeros((B, 4, 5, O)))
+
+
 def test_wrong_operands_say_what_was_expected():
     x, w, geometry = operands(SMALL['ragged'])
     x, w = jnp.asarray(x), jnp.asarray(w)
@@ -304,6 +327,13 @@ def test_wrong_operands_say_what_was_expected():
         int_conv(x, w, strides=(0, 1), padding=((1, 1), (1, 1)))
     with pytest.raises(ValueError, match='smaller than the kernel'):
         int_conv(x[:, :2], w, strides=(1, 1), padding=((0, 0), (0, 0)))
+    for strides in (1, (1.5, 1), (1,)):
+        with pytest.raises(ValueError, match='two integers >= 1'):
+            int_conv(x, w, strides=strides, padding=((1, 1), (1, 1)))
+    with pytest.raises(ValueError, match=r'padding=\(1, 1\): expected \(\(top, bottom'):
+        int_conv(x, w, strides=(1, 1), padding=(1, 1))
+    with pytest.raises(ValueError, match='pad_value=-9 with x_max=8: expected a larger'):
+        int_conv(x, w, pad_value=-9, x_max=8, **geometry)
     with pytest.raises(ValueError, match='pad_value=128'):
         int_conv(x, w, pad_value=128, **geometry)
     with pytest.raises(ValueError, match=r'shape \(\) or \(3,\)'):

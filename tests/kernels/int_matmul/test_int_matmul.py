@@ -117,6 +117,15 @@ def test_a_sum_that_may_exceed_int32_is_an_error_unless_the_codes_are_promised_s
     assert int_matmul(x[:, :-1], w[:, :-1])[0, 0] == 131_071
 
 
+@pytest.mark.parametrize('implementation', [None, 'xla', 'reference'])
+def test_operands_of_numpy_and_empty_ones_are_products_too(implementation):
+    x, w = np.full((3, 5), -128, np.int8), np.full((2, 5), -128, np.int8)
+    np.testing.assert_array_equal(int_matmul(x, w, implementation=implementation), oracle(x, w))
+    for x_part, w_part in ((x[:0], w), (x, w[:0]), (x[:, :0], w[:, :0])):
+        got = int_matmul(x_part, w_part, implementation=implementation)
+        np.testing.assert_array_equal(got, np.zeros((len(x_part), len(w_part))))
+
+
 def test_wrong_operands_say_what_was_expected():
     x = jnp.zeros((4, 6), jnp.int8)
     with pytest.raises(ValueError, match='x is float32: expected int8'):
