@@ -11,11 +11,14 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from dmq_jax.runtime import hosts
 
 LAUNCH = Path(__file__).parents[2] / 'launch'
 SCRIPTS = sorted([*LAUNCH.glob('*.sh'), *LAUNCH.glob('*.sbatch')])
@@ -305,9 +308,10 @@ def test_the_manifest_agrees_with_itself(manifest):
     # Host 0 of the only job, in the service that a JobSet makes under its own name.
     host = f'{name}-{entry["name"]}-0-0.{name}:{port}'
     assert env['JAX_COORDINATOR_ADDRESS']['value'] == host
-    stopped, moved = job['podFailurePolicy']['rules']
-    assert stopped['onExitCodes']['values'] == [75]
-    assert stopped['onExitCodes']['containerName'] == container['name']
+    stopped, lost, moved = job['podFailurePolicy']['rules']
+    assert stopped['onExitCodes']['values'] == [hosts.REQUEUE]
+    assert lost['onExitCodes']['values'] == [hosts.LOST, 128 + signal.SIGABRT]
+    assert {r['onExitCodes']['containerName'] for r in (stopped, lost)} == {container['name']}
     assert moved['onPodConditions'][0]['type'] == 'DisruptionTarget'
     (rule,) = manifest['spec']['failurePolicy']['rules']
     assert rule['onJobFailureReasons'] == ['PodFailurePolicy']
