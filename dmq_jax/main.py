@@ -50,11 +50,12 @@ def run(config: Config, workdir: Path | None) -> None:
     )  # fmt: skip
     stages = pipeline.STAGES if _STAGES.value is None else tuple(_STAGES.value)
     check_stages(stages, (*pipeline.STAGES, 'teacher'))
-    if workdir is None:
-        print(describe(config))
-        pipeline.dry_run(config)
-    else:
-        pipeline.run(config, workdir, stages)
+    with hosts.ending_together():
+        if workdir is None:
+            print(describe(config))
+            pipeline.dry_run(config)
+        else:
+            pipeline.run(config, workdir, stages)
 
 
 def check_stages(stages: Sequence[str], known: Sequence[str]) -> None:

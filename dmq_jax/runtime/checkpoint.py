@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dmq_jax.runtime import hosts
+
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -40,12 +42,19 @@ class Checkpoints:
         self._path = Path(path).absolute()
         self._warn_of_unfinished()
         self._manager = _Manager(self._path, options=options)
+        # The manager's own restore waits for all processes, also for one that has failed.
+        self._reader = ocp.Checkpointer(
+            ocp.StandardCheckpointHandler(multiprocessing_options=_alone()),
+            multiprocessing_options=_alone(),
+        )
 
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
-        self.close()
+    def __exit__(self, kind, error, trace):
+        # What is being written cannot be finished without a process that is gone.
+        if error is None or not hosts.is_loss(error):
+            self.close()
 
     def _warn_of_unfinished(self) -> None:
         # Now, since the manager deletes them.
@@ -88,18 +97,26 @@ class Checkpoints:
           like: the tree saved, or `jax.ShapeDtypeStruct`s; their shardings need not be those
             the checkpoint was saved with.
 
+        Every process reads its parts by itself, and may fail where others do not.
+
         Raises:
           FileNotFoundError: no such checkpoint.
           ValueError: its structure or shapes differ from `like`.
         """
+        if step not in self._manager.all_steps():
+            # A shared disk may show a folder to one host later than to another.
+            self._manager.reload()
         if step not in self._manager.all_steps():
             raise FileNotFoundError(
                 f'No checkpoint {step} in {self._path}; there are {self._manager.all_steps()}.'
             )
         raw = jax.tree.map(_abstract, jax.tree.map(_to_host, _without_keys(like)))
         try:
-            restored = self._manager.restore(step, args=ocp.args.StandardRestore(raw))
-        except (ValueError, KeyError) as error:
+            restored = self._reader.restore(self._folder(step), args=ocp.args.StandardRestore(raw))
+        except Exception as error:
+            # Of an array that it cannot read orbax says so in a bare Exception.
+            if type(error) is not Exception and not isinstance(error, ValueError | KeyError):
+                raise
             raise ValueError(
                 f'Checkpoint {step} in {self._path} does not fit this configuration; use another '
                 f'--workdir or delete that folder. orbax says: {error}'
@@ -107,36 +124,50 @@ class Checkpoints:
         _check_shapes(restored, raw, self._path / str(step))
         return _with_keys(jax.tree.map(_to_device, restored, like), like)
 
+    def _folder(self, step: int) -> Path:
+        return self._path / str(step) / 'default'  # where the manager puts the one thing it saves
+
     def restore_latest(self, like: Any) -> Any:
         """The newest checkpoint that can be read, see `restore`; None if there is none.
 
-        One that fits but is damaged is deleted with a warning, and an older one taken.
+        One that fits but is damaged is deleted with a warning, and an older one taken; it is
+        damaged for all processes if one of them cannot read its parts.
 
         Raises:
           ValueError: its structure or shapes differ from `like`, or all of several are damaged.
         """
-        while (step := self.latest()) is not None:
+        while (step := hosts.by_first(self.latest)) is not None:
+            restored, error = None, None
             try:
-                return self.restore(step, like)
-            except ValueError as error:
-                if self._is_other(step, like):
-                    raise
-                if len(self._manager.all_steps()) == 1:
-                    raise ValueError(
-                        f'Checkpoint {step} in {self._path} is damaged, and there is no other; '
-                        f'delete that folder to begin anew. {error}'
-                    ) from error
+                restored = self.restore(step, like)
+            except (ValueError, FileNotFoundError) as raised:
+                error = raised
+            if hosts.all_agree(error is None):
+                return restored
+            error = error or ValueError('Another process could not read its parts of it.')
+            is_other, is_last = hosts.by_first(
+                lambda step=step: (self._is_other(step, like), len(self._manager.all_steps()) == 1)
+            )
+            if is_other:
+                raise error
+            if is_last:
+                raise ValueError(
+                    f'Checkpoint {step} in {self._path} is damaged, and there is no other; '
+                    f'delete that folder to begin anew. {error}'
+                ) from error
+            if hosts.is_first():
                 _LOGGER.warning('checkpoint %s in %s is damaged and is deleted.', step, self._path)
-                self._manager.delete(step)
+            self._manager.delete(step)
         return None
 
     def _is_other(self, step: int, like: Any) -> bool:
         """Whether a checkpoint can be read well enough to see that it is not one of `like`."""
         try:
-            saved = _names_and_shapes(self._manager.item_metadata(step))
+            saved = self._reader.metadata(self._folder(step)).item_metadata
         except (ValueError, KeyError, AttributeError, OSError):
             return False
-        return saved != _names_and_shapes(_without_keys(like))
+        is_read = saved is not None
+        return is_read and _names_and_shapes(saved) != _names_and_shapes(_without_keys(like))
 
     def wait(self) -> None:
         """Returns when everything saved is on disk; raises what went wrong while writing."""

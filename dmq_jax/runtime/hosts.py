@@ -5,12 +5,13 @@ what all have computed, and decides whatever is read from the disk; `by_first` i
 is a run of one, without any of this.
 """
 
+import contextlib
 import itertools
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -20,6 +21,8 @@ T = TypeVar('T')
 
 # What launchers take for "run me again" (EX_TEMPFAIL of sysexits.h): interrupted, all saved.
 REQUEUE = 75
+# Nothing is wrong here, but another process is gone (EX_UNAVAILABLE): its status says more.
+LOST = 69
 # After this long without a sign of life of one process the others stop. One that fails waits as
 # long for the others to say goodbye before it ends: nobody lives on for more than twice this.
 HEARTBEAT_TIMEOUT_S = 30
@@ -217,6 +220,15 @@ def wait_for_all() -> None:
     by_first(lambda: None)
 
 
+def all_agree(is_so: bool) -> bool:
+    """Whether it is so in every process; a barrier for all."""
+    if jax.process_count() == 1:
+        return is_so
+    from jax.experimental import multihost_utils
+
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(is_so))))
+
+
 def _broadcast(value: Any) -> Any:
     from jax.experimental import multihost_utils
 
@@ -226,6 +238,44 @@ def _broadcast(value: Any) -> Any:
     buffer = np.zeros(max(256, 1 << (length - 1).bit_length()), np.uint8)
     buffer[: len(text)] = np.frombuffer(text, np.uint8)
     return json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))[:length]))
+
+
+# What back ends say when a process they talk to is gone: gloo, NCCL, and jax's own coordination.
+_SIGNS_OF_LOSS = (
+    'Gloo', 'Connection reset by peer', 'Connection closed by peer', 'remote process exited',
+    'coordination service', 'CoordinationService', 'heartbeat',
+)  # fmt: skip
+
+
+def is_loss(error: BaseException) -> bool:
+    """Whether an error comes of the end of another process of this run."""
+    is_of_jax = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+    return (
+        is_of_jax and jax.process_count() > 1 and any(sign in str(error) for sign in _SIGNS_OF_LOSS)
+    )
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Within it, the loss of another process ends this one at once, with a message and `LOST`.
+
+    Where a back end waits for the lost process instead of failing, jax ends this one after
+    `HEARTBEAT_TIMEOUT_S`, with a message of its own.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_loss(error):
+            raise
+        print(
+            f'Error: process {jax.process_index()} of {jax.process_count()}: another process of '
+            f'this run has ended or cannot be reached; see what it says. What was saved is kept: '
+            f'the same command goes on from there (exit {LOST}). {str(error).splitlines()[0]}',
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        sys.stdout.flush()
+        # An ordinary exit would wait for the lost one to say goodbye.
+        os._exit(LOST)
 
 
 class Interrupted(SystemExit):
