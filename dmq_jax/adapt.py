@@ -23,9 +23,11 @@ from dmq_jax.diffusion import samplers
 from dmq_jax.diffusion.schedule import alphas_cumprod
 from dmq_jax.methods.base import Method, Prediction, State
 from dmq_jax.quant.plan import Plan
-from dmq_jax.runtime import log, mesh
+from dmq_jax.runtime import hosts, log, mesh
 from dmq_jax.runtime.checkpoint import Checkpoints
 from dmq_jax.runtime.progress import progress
+
+_BATCH_RULES = (('.*', (mesh.BATCH,)),)
 
 
 class TrainState(NamedTuple):
@@ -114,13 +116,16 @@ def run(
       labels: their classes; None iff the teacher has none.
       key: root key of batches, timesteps and noise.
       workdir: receives checkpoints and `metrics.jsonl`.
-      device_mesh: where everything lies, whole on every device.
+      device_mesh: splits every batch, and weights between their uses; images and scales, which are
+        small, lie whole on every device.
       description: shown beside the progress.
 
     Raises:
       ValueError: the method compares features, which real images have none of.
       FloatingPointError: the loss is not finite; names the step.
+      Interrupted: the run was asked to stop; a checkpoint is saved.
     """
+    mesh.check_batch_size(device_mesh, config.batch_size, name='adapt.batch_size')
     if method.features is not None:
         raise ValueError(
             "adapt: this method's loss compares features with the teacher's; choose loss='output'."
@@ -133,30 +138,36 @@ def run(
     def train_step(train, params, pixels, labels):
         step_key = jax.random.fold_in(key, train.step)
         indices = jax.random.randint(step_key, (config.batch_size,), 0, pixels.shape[0])
-        chosen = None if labels is None else labels[indices]
+        batch = pixels[indices], None if labels is None else labels[indices]
+        batch = mesh.constrain(batch, mesh.shardings(device_mesh, batch, _BATCH_RULES))
+        params = mesh.whole(device_mesh, params)
         value, gradients = jax.value_and_grad(loss)(
-            train.state, params, pixels[indices], chosen, jax.random.fold_in(step_key, 1)
+            train.state, params, *batch, jax.random.fold_in(step_key, 1)
         )
         # optax raises a float to its int32 step count, which strict promotion forbids.
         with jax.numpy_dtype_promotion('standard'):
             updates, moments = optimizer.update(gradients, train.optimizer, train.state)
         return TrainState(optax.apply_updates(train.state, updates), moments, train.step + 1), value
 
-    shared = mesh.replicate(device_mesh, (teacher.params, images, labels))
+    params = mesh.shard_weights(device_mesh, teacher.params)
+    images, labels = mesh.replicate(device_mesh, (images, labels))
     train = TrainState(state, optimizer.init(state), jnp.zeros((), jnp.int32))
     # A copy: the step donates its state, and moments may be one array of zeros.
     train = mesh.replicate(device_mesh, jax.tree.map(jnp.copy, train))
     began, spent_s, losses = time.monotonic(), 0.0, []
     with Checkpoints(workdir / 'checkpoints') as checkpoints, log.make_writer(workdir) as writer:
-        if (latest := checkpoints.latest()) is not None:
-            train, spent = checkpoints.restore(latest, like=(train, jnp.zeros(())))
-            spent_s = float(spent)
+        restored = checkpoints.restore_latest(like=(train, np.zeros((), np.float32)))
+        if restored is not None:
+            train, spent_s = restored[0], float(restored[1])
         bar = progress(config.num_iterations, description, start=int(train.step))
         for step in bar:
-            train, value = train_step(train, *shared)
+            train, value = train_step(train, params, images, labels)
             losses.append(value)
             done = step + 1
-            is_saved = done == config.num_iterations or done % config.checkpoint_every == 0
+            is_stopped = done < config.num_iterations and hosts.stop_requested()
+            is_saved = (
+                is_stopped or done == config.num_iterations or done % config.checkpoint_every == 0
+            )
             if is_saved or done % config.log_every == 0:
                 mean = float(np.mean(jax.device_get(losses)))
                 if not np.isfinite(mean):
@@ -168,8 +179,11 @@ def run(
                 losses = []
             if is_saved:
                 now_s = spent_s + time.monotonic() - began
-                checkpoints.save(done, (train, jnp.asarray(now_s, jnp.float32)))
-    return Adapted(jax.device_get(train.state), spent_s + time.monotonic() - began)
+                checkpoints.save(done, (train, np.asarray(now_s, np.float32)))
+            if is_stopped:
+                checkpoints.wait()
+                raise hosts.interrupted()
+    return Adapted(mesh.fetch(device_mesh, train.state), spent_s + time.monotonic() - began)
 
 
 def _cosine(num_iterations: int) -> optax.Schedule:

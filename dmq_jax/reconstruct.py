@@ -315,10 +315,11 @@ def run(
         Checkpoints(workdir / 'checkpoints') as checkpoints,
         log.make_writer(workdir) as writer,
     ):
-        done, spent_s = checkpoints.latest() or 0, 0.0
-        if done:
-            restored, spent = checkpoints.restore(done, like=(state, np.zeros((), np.float32)))
-            state, spent_s = restored, float(spent)
+        restored = checkpoints.restore_latest(like=(state, np.zeros((), np.float32)))
+        done, spent_s = 0, 0.0
+        if restored is not None:
+            state, spent_s = restored[0], float(restored[1])
+            done = hosts.by_first(checkpoints.latest)
         bar = progress(len(work), description, start=done)
         for index in bar:
             i, phase, block = work[index]

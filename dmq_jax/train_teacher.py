@@ -171,8 +171,8 @@ def train(config: config_lib.TrainTeacherConfig, dataset: ImageSet, workdir: Pat
     images, labels = mesh.replicate(device_mesh, (dataset.images, dataset.labels.astype(np.int32)))
     train_step = make_train_step(config, denoiser)
     with Checkpoints(workdir / 'checkpoints') as checkpoints, log.make_writer(workdir) as writer:
-        if (latest := checkpoints.latest()) is not None:
-            state = checkpoints.restore(latest, like=state)
+        if (restored := checkpoints.restore_latest(like=state)) is not None:
+            state = restored
         begin = int(state.step)
         bar = progress(config.num_iterations, 'teacher', start=begin)
         losses, began = [], time.monotonic()

@@ -5,7 +5,7 @@ import pytest
 
 from dmq_jax import adapt, denoisers, exporting, methods, scale_sets
 from dmq_jax.config import AdaptConfig, EfficientDMConfig, QuantConfig, TuneQDMConfig
-from dmq_jax.runtime import log, mesh
+from dmq_jax.runtime import hosts, log, mesh
 from tests import tiny
 
 CONFIG = AdaptConfig(num_iterations=24, images='unused', batch_size=8, log_every=6)
@@ -35,11 +35,11 @@ class Adapted:
         )
         self.state = self.run().state
 
-    def run(self):
+    def run(self, folder=None, sizes=(1,)):
         return adapt.run(
             self.teacher, self.method, self.start, self.plan, self.timesteps, 'nearest', CONFIG,
-            **images(), key=jax.random.key(1), workdir=self.folder,
-            device_mesh=mesh.make_mesh(1), description='test',
+            **images(), key=jax.random.key(1), workdir=folder or self.folder,
+            device_mesh=mesh.make_mesh(*sizes), description='test',
         )  # fmt: skip
 
     def exported(self, state):
@@ -71,6 +71,35 @@ def test_scales_of_all_experts_learn_and_nothing_else(adapted):
 def test_a_finished_run_is_not_repeated(adapted):
     jax.tree.map(np.testing.assert_array_equal, adapted.run().state, adapted.state)
     assert len(log.read_metrics(adapted.folder)) == 4
+
+
+@pytest.mark.parametrize('sizes', [(8,), pytest.param((2, 4), marks=pytest.mark.slow)])
+def test_a_run_stopped_and_continued_on_other_devices_has_the_same_losses(
+    adapted, tmp_path, monkeypatch, sizes
+):
+    answers = iter([False] * 8 + [True])
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts, 'stop_requested', lambda: next(answers))
+        with pytest.raises(SystemExit) as stopped:
+            adapted.run(tmp_path, sizes)
+    assert stopped.value.code == hosts.REQUEUE
+    monkeypatch.setattr(hosts, 'stop_requested', lambda: False)
+    adapted.run(tmp_path)
+    # The line of the ninth step, where the run stopped, splits a mean of six.
+    one, moved = (
+        {row['step']: row['loss'] for row in log.read_metrics(folder)}
+        for folder in (adapted.folder, tmp_path)
+    )
+    assert sorted(moved) == [6, 9, 12, 18, 24]
+    mean = (moved[9] + moved[12]) / 2
+    np.testing.assert_allclose(
+        [moved[6], mean, moved[18], moved[24]], [one[s] for s in (6, 12, 18, 24)], rtol=1e-3
+    )
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused(adapted, tmp_path):
+    with pytest.raises(ValueError, match='adapt.batch_size=8 is not divisible by 3 devices'):
+        adapted.run(tmp_path, (3,))
 
 
 def test_a_loss_on_features_is_refused(plan, tmp_path):
