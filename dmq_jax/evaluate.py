@@ -9,6 +9,7 @@ protocol of ADM, see `dmq_jax.adm`, which is also what the command computes.
 """
 
 import argparse
+import dataclasses
 import functools
 import sys
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from dmq_jax.config import EvaluateConfig
 from dmq_jax.denoisers import DenoiserInfo
 from dmq_jax.files.images import array_stream, open_images
 from dmq_jax.metrics import classifier, frechet, inception, neighbours, similarity
-from dmq_jax.runtime import log
+from dmq_jax.runtime import log, mesh
 
 NEIGHBOURS = 3  # k of precision and recall (arXiv:1904.06991)
 _NAMES = {'fashion_mnist': 'FD-FMNIST'}
@@ -37,8 +38,9 @@ class Reference(NamedTuple):
       num_images: real images behind the statistics; None where a file does not say.
       channels: that images must have.
       num_classes: that labels must have; None if labels are not looked at.
-      compare: images and labels -> metrics.
+      compare: images, labels and a mesh (or None: one device, or for Inception all) -> metrics.
       protocol: what the metrics depend on.
+      batch_size: images per call of the feature network, where the user sets it.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Reference(NamedTuple):
     num_classes: int | None
     compare: Callable[..., dict[str, float | None]]
     protocol: dict[str, Any]
+    batch_size: int | None = None
 
 
 def load_reference(config: EvaluateConfig) -> Reference:
@@ -69,8 +72,8 @@ def bundled_reference(
 ) -> Reference:
     """Distances between the features of a classifier of the same data set."""
 
-    def compare(images, labels):
-        features, probabilities = classifier.extract(network, images)
+    def compare(images, labels, device_mesh):
+        features, probabilities = _extract(network, images, device_mesh)
         found = neighbours.precision_recall(features, statistics.features, k=NEIGHBOURS)
         gaussian = frechet.gaussian_statistics(features)
         accuracy = None
@@ -93,6 +96,18 @@ def bundled_reference(
     )
 
 
+def _extract(network, images, device_mesh):
+    if device_mesh is None:
+        return classifier.extract(network, images)
+    count = mesh.batch_parts(device_mesh)
+    return classifier.extract(
+        dataclasses.replace(network, params=mesh.replicate(device_mesh, network.params)), images,
+        -(-classifier.BATCH_SIZE // count) * count,
+        put=lambda batch: mesh.shard_batch(device_mesh, batch),
+        fetch=lambda found: mesh.fetch(device_mesh, found),
+    )  # fmt: skip
+
+
 def inception_reference(config: EvaluateConfig) -> Reference:
     """ADM's metrics against `config.reference`.
 
@@ -110,13 +125,14 @@ def inception_reference(config: EvaluateConfig) -> Reference:
     options = adm.Options(batch_size=config.batch_size)
 
     @functools.cache  # once for all networks of a run, and not before there is one to compare
-    def real() -> adm.ImageSet:
-        return adm.read_set(network, stream, options)
+    def real(device_mesh: mesh.Mesh | None) -> adm.ImageSet:
+        return adm.read_set(network, stream, options._replace(device_mesh=device_mesh))
 
-    def compare(images, labels):
+    def compare(images, labels, device_mesh):
         del labels
-        drawn = adm.read_set(network, array_stream(images, 'samples'), options)
-        found = adm.compare(real(), drawn, options)
+        on_mesh = options._replace(device_mesh=device_mesh)
+        drawn = adm.read_set(network, array_stream(images, 'samples'), on_mesh)
+        found = adm.compare(real(device_mesh), drawn, on_mesh)
         return {
             'fd': found['fid'], 'precision': found['precision'], 'recall': found['recall'],
             'class_accuracy': None, 'sfid': found['sfid'],
@@ -125,7 +141,7 @@ def inception_reference(config: EvaluateConfig) -> Reference:
 
     protocol = adm.describe_network(network) | {'reference_source': stream.description}
     num_images = stream.num_images if stream.statistics is None else None
-    return Reference('FID', num_images, 3, None, compare, protocol)
+    return Reference('FID', num_images, 3, None, compare, protocol, config.batch_size)
 
 
 def check(reference: Reference, info: DenoiserInfo, num_images: int) -> None:
@@ -160,6 +176,8 @@ def run(
     labels: Int[np.ndarray, 'N'] | None,
     reference: Reference,
     teacher_images: UInt8[np.ndarray, 'N H W C'] | None = None,
+    *,
+    device_mesh: mesh.Mesh | None = None,
 ) -> dict[str, float | None]:
     """Every metric of one set of images.
 
@@ -168,6 +186,7 @@ def run(
       labels: the class each image was conditioned on.
       reference: from `load_reference`.
       teacher_images: the teacher's, from the same noise and classes.
+      device_mesh: features are computed on its devices; see `Reference.compare`.
 
     Returns:
       `fd`, `precision`, `recall`; `class_accuracy`, the share of images recognised as their class;
@@ -175,7 +194,7 @@ def run(
       `sfid` and `inception_score`. None where the labels or the teacher's images are, and for the
       SSIM of images smaller than its window.
     """
-    result = reference.compare(images, labels)
+    result = reference.compare(images, labels, device_mesh)
     if teacher_images is None:
         return result | {'psnr_to_teacher': None, 'ssim_to_teacher': None}
     similar = similarity.compare_images(images, teacher_images)

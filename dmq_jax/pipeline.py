@@ -46,6 +46,10 @@ STAGES = ('calibrate', 'finetune', 'export', 'sample', 'evaluate', 'analyse', 'r
 # Besides them, on demand: what the teacher is.
 DESCRIBE = 'teacher'
 TEACHER = 'teacher'
+# What the folder of a network's images holds.
+_IMAGES, _SPEED, _RATE = 'images.npz', 'speed.json', 'images_per_second'
+# Network file systems may show a file to one host half a minute after another has written it.
+_PATIENCE_S = 60
 # Where the state lies that a stage of learning leaves.
 _LEARNT = {'reconstruct': 'reconstructed', 'finetune': 'state', 'adapt': 'adapted'}
 
@@ -175,12 +179,15 @@ def open_run(config: Config, workdir: Path, reference: evaluate.Reference | None
     """Loads the teacher and resolves every plan; all that can fail cheaply fails here."""
     device_mesh = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     for name, student in config.students.items():
-        if student.finetune.num_iterations:
-            mesh.check_batch_size(
-                device_mesh, student.finetune.batch_size,
-                name=f'students.{name}.finetune.batch_size',
-            )  # fmt: skip
+        for stage in ('finetune', 'adapt'):
+            options = getattr(student, stage)
+            if options.num_iterations:
+                mesh.check_batch_size(
+                    device_mesh, options.batch_size, name=f'students.{name}.{stage}.batch_size'
+                )
     mesh.check_batch_size(device_mesh, config.sample.batch_size, name='sample.batch_size')
+    if reference is not None and reference.batch_size is not None:
+        mesh.check_batch_size(device_mesh, reference.batch_size, name='evaluate.batch_size')
     if config.students:
         mesh.check_batch_size(
             device_mesh, min(config.calibrate.batch_size, config.calibrate.num_images),
@@ -406,8 +413,8 @@ def exported(context: Run, name: str) -> exporting.Exported:
     )  # fmt: skip
 
 
-def samples(context: Run, name: str) -> dict[str, np.ndarray]:
-    """The images of the teacher or of a student, as `draw` returns them."""
+def samples(context: Run, name: str) -> dict[str, Any]:
+    """The images of the teacher or of a student, see `read_samples`."""
     config = context.config
     options = {'sampler': config_lib.to_dict(config.sampler), 'seed': config.seed,
                'num_images': config.sample.num_images}  # fmt: skip
@@ -421,7 +428,7 @@ def samples(context: Run, name: str) -> dict[str, np.ndarray]:
     folder = context.workdir / 'samples' / name
     growing = folder.with_name(f'{name}.parts')
 
-    def make() -> dict[str, np.ndarray]:
+    def make() -> dict[str, Any]:
         if name == TEACHER:
             denoiser = context.teacher
         else:
@@ -429,28 +436,38 @@ def samples(context: Run, name: str) -> dict[str, np.ndarray]:
         artefacts.claim(growing, options)
         return draw(context, denoiser, f'sample {name}', growing)
 
-    def save(path: Path, drawn: dict[str, np.ndarray]) -> None:
-        drawn = {'arr_0': parts.merge(growing, config.sample.num_images), **drawn}
-        # ADM's layout: the images, and beside them the labels of a class-conditional network.
-        labels = {'arr_1': drawn['labels'].astype(np.int64)} if drawn['labels'].size else {}
-        np.savez_compressed(path / 'images.npz', **drawn, **labels)
+    def save(path: Path, drawn: dict[str, Any]) -> None:
+        patience_s = _PATIENCE_S if jax.process_count() > 1 else 0
+        images = parts.merge(growing, config.sample.num_images, patience_s=patience_s)
+        labels = drawn['labels']
+        # ADM's layout: the images, and beside them the labels of a class-conditional network. The
+        # same bytes whoever drew them, and so without anything measured.
+        of_adm = {'arr_1': labels.astype(np.int64)} if labels.size else {}
+        np.savez_compressed(path / _IMAGES, arr_0=images, labels=labels, **of_adm)
+        log.write_json(path / _SPEED, {_RATE: drawn[_RATE]})
         if options.get('mode') == 'integer':
             # Read as it is: `exported` is for all processes together, and this one saves alone.
             model = exporting.load(student_folder(context, name) / 'export')
             ran = exporting.implementations(model, config.sample.batch_size)
             log.write_json(path / IMPLEMENTATIONS, ran)
         count = min(config.report.grid_size**2, config.sample.num_images)
-        grid = sampling.image_grid(drawn['arr_0'][:count], columns=config.report.grid_size)
+        grid = sampling.image_grid(images[:count], columns=config.report.grid_size)
         (path / 'grid.png').write_bytes(charts.encode_png(grid))
         with log.make_writer(path) as writer:
             writer.write_images(0, {f'{name}/samples': grid})
 
     drawn = artefacts.artefact(
-        folder, options, make=make, save=save,
-        load=lambda path: read_arrays(path / 'images.npz'),
+        folder, options, make=make, save=save, load=read_samples,
     )  # fmt: skip
     hosts.by_first(lambda: shutil.rmtree(growing, ignore_errors=True))
     return drawn
+
+
+def read_samples(folder: Path) -> dict[str, Any]:
+    """What `samples` left: the arrays of its `.npz`, and `images_per_second`, None if unknown."""
+    speed = folder / _SPEED
+    rate = json.loads(speed.read_text())[_RATE] if speed.is_file() else None
+    return read_arrays(folder / _IMAGES) | {_RATE: rate}
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -461,7 +478,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 def draw(
     context: Run, denoiser: denoisers.Denoiser, description: str, folder: Path
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     """Draws what is missing in `folder`, every process its share, see `runtime.parts`.
 
     Args:
@@ -471,7 +488,8 @@ def draw(
       folder: receives the images.
 
     Returns:
-      `labels` of all images; `images_per_second` after the first, compiling batch.
+      `labels` of all images; `images_per_second` after the first, compiling batch, None if that
+      was all.
 
     Raises:
       Interrupted: the run was asked to stop.
@@ -479,14 +497,16 @@ def draw(
     config = context.config
     num_images, batch_size = config.sample.num_images, config.sample.batch_size
     labels = denoisers.balanced_labels(num_images, denoiser.info.num_classes)
-    start = hosts.by_first(lambda: parts.first_missing(folder, num_images))
+    # Whole batches, whatever is there of them: processes draw each at their own pace.
+    begins = hosts.by_first(
+        lambda: np.unique(parts.missing(folder, num_images) // batch_size * batch_size).tolist()
+    )
     batches = sampling.batches(
         denoiser, config.sampler, labels=labels, num_images=num_images,
-        key=context.key('sample'), batch_size=batch_size, start=start,
+        key=context.key('sample'), batch_size=batch_size, begins=begins,
         device_mesh=context.device_mesh,
     )  # fmt: skip
-    begins = range(start, num_images, batch_size)
-    done = start // batch_size
+    done = -(-num_images // batch_size) - len(begins)
     rates, last = [], time.monotonic()
     for begin, batch in zip(
         begins, progress(batches, description, total=done + len(begins), start=done), strict=True
@@ -501,7 +521,7 @@ def draw(
     rates = rates[1:]  # one batch alone cannot tell compiling from sampling
     return {
         'labels': np.zeros(0, np.int32) if labels is None else labels,
-        'images_per_second': np.asarray(np.median(rates) if rates else np.nan),
+        _RATE: float(np.median(rates)) if rates else None,
     }
 
 
@@ -521,8 +541,8 @@ def measure_network(
     context: Run,
     reference: evaluate.Reference,
     name: str,
-    drawn: dict[str, np.ndarray],
-    teacher: dict[str, np.ndarray],
+    drawn: dict[str, Any],
+    teacher: dict[str, Any],
 ) -> dict[str, Any]:
     """The row of the teacher or of a student: what it is, and every metric of its images.
 
@@ -535,12 +555,11 @@ def measure_network(
     """
     labels = drawn['labels'] if drawn['labels'].size else None
     metrics = evaluate.run(
-        drawn['arr_0'], labels, reference, None if name == TEACHER else teacher['arr_0']
-    )
-    rate = float(drawn['images_per_second'])
-    rate = None if np.isnan(rate) else rate
+        drawn['arr_0'], labels, reference, None if name == TEACHER else teacher['arr_0'],
+        device_mesh=context.device_mesh,
+    )  # fmt: skip
     return {
-        'name': name, **describe_network(context, name), **metrics, 'images_per_second': rate
+        'name': name, **describe_network(context, name), **metrics, _RATE: drawn[_RATE]
     }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ of devices, not on how often the run was interrupted. The only place that conver
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -104,7 +104,7 @@ def batches(
     num_images: int,
     key: Key[Array, ''],
     batch_size: int,
-    start: int = 0,
+    begins: Sequence[int] | None = None,
     device_mesh: mesh.Mesh | None = None,
 ) -> Iterator[Batch]:
     """Yields the images of a run in order.
@@ -116,7 +116,7 @@ def batches(
       num_images: images of the run.
       key: root key of the images.
       batch_size: images per call; the last batch is filled up and cut, so one program serves all.
-      start: index of the first image wanted.
+      begins: index of the first image of each batch wanted; None: all batches.
       device_mesh: splits every batch over its devices; None uses the default device. Of several
         processes, each yields the images that its devices drew.
     """
@@ -127,7 +127,7 @@ def batches(
     if device_mesh is not None:
         params = mesh.shard_weights(device_mesh, params)
         predict = mesh.on_whole(device_mesh, predict)
-    for begin in range(start, num_images, batch_size):
+    for begin in range(0, num_images, batch_size) if begins is None else begins:
         indices = np.arange(begin, min(begin + batch_size, num_images))
         padded = np.resize(indices, batch_size)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(padded, jnp.uint32))

@@ -6,6 +6,7 @@ import pytest
 from dmq_jax import evaluate, train_classifier
 from dmq_jax.config import EvaluateConfig
 from dmq_jax.metrics import classifier, similarity
+from dmq_jax.runtime import mesh
 from tests import tiny
 
 KEYS = {'fd', 'precision', 'recall', 'class_accuracy', 'psnr_to_teacher', 'ssim_to_teacher'}
@@ -33,6 +34,21 @@ def test_images_compared_with_themselves_are_perfect(reference):
     # The reference keeps float64 statistics of these very images.
     assert abs(metrics['fd']) < 1e-4
     assert metrics['precision'] == metrics['recall'] == 1.0
+
+
+# Another number of images per device is another program, of other sums in float32.
+TOLERANCE = 1e-4
+
+
+def test_metrics_do_not_depend_on_the_devices(reference):
+    images, labels = tiny.real_images(seed=1)
+    meshes = None, mesh.make_mesh(1), mesh.make_mesh(4, 2)
+    found = [evaluate.run(images, labels, reference, images, device_mesh=m) for m in meshes]
+    # The SSIM of such small images is None.
+    one, *others = ({n: v for n, v in m.items() if v is not None} for m in found)
+    assert len(one) == len(KEYS) - 1
+    for metrics in others:
+        assert metrics == pytest.approx(one, rel=TOLERANCE)
 
 
 def test_other_images_are_worse(reference):

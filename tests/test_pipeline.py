@@ -161,8 +161,7 @@ def test_every_artefact_is_there_and_complete(whole):
 
 
 def test_samples_are_paired_images_with_balanced_labels(whole):
-    arrays = {n: pipeline.read_arrays(whole / 'samples' / n / 'images.npz')
-              for n in ('teacher', 'rtn', 'edm')}  # fmt: skip
+    arrays = {n: pipeline.read_samples(whole / 'samples' / n) for n in ('teacher', 'rtn', 'edm')}
     for name, drawn in arrays.items():
         assert drawn['arr_0'].shape == (NUM_IMAGES, 8, 8, 1), name
         assert drawn['arr_0'].dtype == np.uint8
@@ -325,15 +324,15 @@ def test_sampling_that_is_asked_to_stop_goes_on_where_it_was(
             pipeline.run(config, tmp_path, ['sample'])
     assert stopped.value.code == hosts.REQUEUE
     assert not artefacts.is_complete(tmp_path / 'samples' / 'teacher')
-    starts, batches = [], pipeline.sampling.batches
+    drawn_again, batches = [], pipeline.sampling.batches
 
-    def note(*arguments, start, **options):
-        starts.append(start)
-        return batches(*arguments, start=start, **options)
+    def note(*arguments, begins, **options):
+        drawn_again.extend(begins)
+        return batches(*arguments, begins=begins, **options)
 
     monkeypatch.setattr(pipeline.sampling, 'batches', note)
     pipeline.run(config, tmp_path, ['sample'])
-    assert starts == [8]
+    assert drawn_again == [8]
     folder = Path('samples', 'teacher', 'images.npz')
     drawn, expected = (pipeline.read_arrays(w / folder) for w in (tmp_path, whole))
     np.testing.assert_array_equal(drawn['arr_0'], expected['arr_0'])

@@ -16,7 +16,7 @@ NUM_IMAGES = 12
 ONE_STEP = 1
 
 
-def draw(batch_size, *, start=0, devices=None, num_images=NUM_IMAGES):
+def draw(batch_size, *, begins=None, devices=None, num_images=NUM_IMAGES):
     labels = denoisers.balanced_labels(num_images, tiny.NUM_CLASSES)
     return list(
         sampling.batches(
@@ -26,7 +26,7 @@ def draw(batch_size, *, start=0, devices=None, num_images=NUM_IMAGES):
             num_images=num_images,
             key=jax.random.key(4),
             batch_size=batch_size,
-            start=start,
+            begins=begins,
             device_mesh=None if devices is None else mesh.make_mesh(devices),
         )  # fmt: skip
     )
@@ -78,7 +78,7 @@ def test_an_image_does_not_depend_on_the_batch_size(together):
 
 
 def test_an_image_does_not_depend_on_where_the_run_starts():
-    whole, late = draw(5), draw(5, start=3)
+    whole, late = draw(5), draw(5, begins=[3, 8])
     # The same program on both sides: equality.
     np.testing.assert_array_equal(images_of(late), images_of(whole)[3:])
     assert [b.labels.tolist() for b in late] == [[0, 1, 2, 0, 1], [2, 0, 1, 2]]
@@ -92,7 +92,7 @@ def test_an_image_does_not_depend_on_the_number_of_devices(together):
 def test_one_program_serves_all_batches_and_all_weights():
     draw(5)
     before = sampling.sample_batch._cache_size()
-    draw(5, num_images=8, start=1)
+    draw(5, num_images=8, begins=[1, 6])
     teacher = tiny.teacher()
     other = teacher._replace(params=jax.tree.map(lambda a: 2 * a, teacher.params))
     sampling.draw(other, SAMPLER, labels=np.zeros(5, np.int32), key=jax.random.key(0), batch_size=5)

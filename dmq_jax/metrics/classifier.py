@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Num, UInt8
 from dmq_jax.metrics.frechet import GaussianStatistics, gaussian_statistics
 
 FORMAT = 'dmq_jax.classifier/1'
+BATCH_SIZE = 500  # images per call of the network
 ARCHITECTURE = ('num_classes', 'features', 'widths', 'mean', 'std')
 
 
@@ -185,7 +186,10 @@ def apply_classifier(
 def extract(
     network: FeatureNetwork,
     images: UInt8[np.ndarray, 'N H W C'] | Iterable[UInt8[np.ndarray, 'n H W C']],
-    batch_size: int = 500,
+    batch_size: int = BATCH_SIZE,
+    *,
+    put: Callable[[np.ndarray], Array] = jax.device_put,
+    fetch: Callable[[Any], Any] = jax.device_get,
 ) -> tuple[Float[np.ndarray, 'N D'], Float[np.ndarray, 'N num_classes']]:
     """Features and class probabilities of an image set, in its order.
 
@@ -196,6 +200,8 @@ def extract(
       network: which features.
       images: one array, or an iterable of arrays of any lengths; values 0..255.
       batch_size: images per call of the network.
+      put: places a batch on the devices that compute it.
+      fetch: brings features and probabilities back as NumPy arrays.
 
     Returns:
       features: float32, the input of `frechet_distance` and `precision_recall`.
@@ -217,8 +223,8 @@ def extract(
             )
         num_real = len(batch)
         padding = np.zeros((batch_size - num_real, *batch.shape[1:]), np.uint8)
-        padded = jax.device_put(np.concatenate([batch, padding]))
-        outputs = jax.device_get(apply_classifier(network.model, network.params, padded))
+        padded = put(np.concatenate([batch, padding]))
+        outputs = fetch(apply_classifier(network.model, network.params, padded))
         results.append([output[:num_real] for output in outputs])
     if not results:
         raise ValueError('there are no images: expected at least 1.')
@@ -288,7 +294,7 @@ def make_reference(
     network: FeatureNetwork,
     images: UInt8[np.ndarray, 'N H W C'] | Iterable[UInt8[np.ndarray, 'n H W C']],
     num_features: int = 10_000,
-    batch_size: int = 500,
+    batch_size: int = BATCH_SIZE,
 ) -> Reference:
     """Statistics of all images and features of the first `num_features`.
 

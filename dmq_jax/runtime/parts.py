@@ -6,6 +6,7 @@ process wrote a row, and how many rows a file holds, makes no difference to what
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,27 +35,34 @@ def write(folder: Path, indices: np.ndarray, rows: np.ndarray) -> None:
     os.replace(temporary, folder / name)
 
 
-def first_missing(folder: Path, num_rows: int) -> int:
-    """The smallest index without a row; `num_rows` if all are there."""
-    is_there = np.zeros(num_rows + 1, bool)
+def missing(folder: Path, num_rows: int) -> np.ndarray:
+    """The indices of 0..num_rows - 1 without a row, ascending."""
+    is_there = np.zeros(num_rows, bool)
     for part in _parts(folder):
         indices = part['indices']
         is_there[indices[indices < num_rows]] = True
-    return int(np.argmin(is_there))
+    return np.flatnonzero(~is_there)
 
 
-def merge(folder: Path, num_rows: int) -> np.ndarray:
+def merge(folder: Path, num_rows: int, *, patience_s: float = 0) -> np.ndarray:
     """All rows in order.
+
+    Args:
+      folder: of the array.
+      num_rows: how many it has.
+      patience_s: how long to wait for files of other hosts, which a shared disk may show late.
 
     Raises:
       ValueError: one is missing; says which.
     """
-    missing = first_missing(folder, num_rows)
-    if missing < num_rows:
-        raise ValueError(
-            f'{folder}: row {missing} of {num_rows} is missing; do all processes write there, and '
-            f'is the disk one that all hosts share?'
-        )
+    began = time.monotonic()
+    while len(absent := missing(folder, num_rows)):
+        if time.monotonic() - began >= patience_s:
+            raise ValueError(
+                f'{folder}: row {absent[0]} of {num_rows} is missing; do all processes write '
+                f'there, and is the disk one that all hosts share?'
+            )
+        time.sleep(0.1)
     result = None
     for part in _parts(folder):
         rows = part['rows']

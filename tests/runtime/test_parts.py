@@ -1,5 +1,7 @@
 """Laws of dmq_jax/runtime/parts.py."""
 
+import threading
+
 import numpy as np
 import pytest
 
@@ -26,18 +28,26 @@ def test_rows_written_twice_or_beyond_the_end_do_no_harm(tmp_path):
     np.testing.assert_array_equal(parts.merge(tmp_path, 5), ROWS[:5])
 
 
-def test_the_first_missing_row_is_where_a_restart_begins(tmp_path):
-    assert parts.first_missing(tmp_path, 10) == 0
+def test_a_restart_learns_which_rows_are_missing(tmp_path):
+    assert parts.missing(tmp_path, 3).tolist() == [0, 1, 2]
     write(tmp_path, 0, 1, 2)
     write(tmp_path, 4, 5)
-    assert parts.first_missing(tmp_path, 10) == 3
-    assert parts.first_missing(tmp_path, 2) == 2
+    assert parts.missing(tmp_path, 10).tolist() == [3, 6, 7, 8, 9]
+    assert parts.missing(tmp_path, 2).tolist() == []
     with pytest.raises(ValueError, match='row 3 of 10 is missing'):
         parts.merge(tmp_path, 10)
+
+
+def test_rows_that_a_shared_disk_shows_late_are_waited_for(tmp_path):
+    write(tmp_path, *range(8))
+    late = threading.Timer(0.3, write, (tmp_path, 8, 9))
+    late.start()
+    np.testing.assert_array_equal(parts.merge(tmp_path, 10, patience_s=30), ROWS)
+    late.join()
 
 
 def test_what_a_killed_writer_left_is_not_read(tmp_path):
     write(tmp_path, 0, 1)
     (tmp_path / '.half').write_bytes(b'PK')
-    assert parts.first_missing(tmp_path, 3) == 2
+    assert parts.missing(tmp_path, 3).tolist() == [2]
     assert not [p for p in tmp_path.iterdir() if p.name.startswith('.') and p.name != '.half']
