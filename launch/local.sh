@@ -9,6 +9,10 @@ if [ $# -lt 2 ] || ! [ "$1" -ge 1 ] 2>/dev/null; then
     echo "Error: $0 $*: expected a number of processes, then the arguments of dmq_jax.main" >&2
     exit 2
 fi
+if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
+    echo "Error: bash $BASH_VERSION: 5.1 or newer is needed; name one: /path/to/bash $0 $*" >&2
+    exit 2
+fi
 count=$1
 shift
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -36,6 +40,10 @@ pids=()
 stop() {
     for pid in "${pids[@]}"; do kill -s "$1" "$pid" 2>/dev/null || true; done
 }
+# A scheduler or Ctrl-C signals this script; the run saves and stops when its processes hear of it
+# (of SIGTERM: a shell starts what runs beside it with SIGINT ignored). Asked twice, it does not wait.
+asked=
+trap 'trap "stop KILL" TERM INT; asked=1; stop TERM' TERM INT
 for ((id = 0; id < count; id++)); do
     devices=()
     if [ ${#gpus[@]} -gt 0 ]; then
@@ -48,14 +56,12 @@ for ((id = 0; id < count; id++)); do
     env "${devices[@]}" "$python" -m "${MODULE:-dmq_jax.main}" "$@" \
         --coordinator="127.0.0.1:$port" --num_processes="$count" --process_id="$id" &
     pids+=($!)
+    # Without all of them none has begun: those that heard the signal end by it.
+    [ -z "$asked" ] || { kill "$!"; break; }
 done
-# A scheduler signals this script; the run saves and stops when its processes hear of it.
-# Asked twice, it does not wait.
-trap 'trap "stop KILL" TERM; stop TERM' TERM
-trap 'trap "stop KILL" INT; stop INT' INT
 
 status=0
-left=$count
+left=${#pids[@]}
 while [ "$left" -gt 0 ]; do
     code=0
     wait -n -p ended "${pids[@]}" || code=$?
@@ -65,9 +71,12 @@ while [ "$left" -gt 0 ]; do
     for i in "${!pids[@]}"; do
         if [ "${pids[i]}" = "$ended" ]; then
             unset "pids[i]"
-            if [ "$code" -ne 0 ] && [ "$status" -eq 0 ]; then
+            # Ended by a signal to stop that came before it listened: nothing is lost.
+            [ "$code" -ne 143 ] || [ -z "$asked" ] || code=75
+            # 69: another process is gone, of which that one's own status says more.
+            if [ "$code" -ne 0 ] && { [ "$status" -eq 0 ] || [ "$status" -eq 69 ]; }; then
                 status=$code
-                if [ "$code" -ne 75 ] && [ "$code" -ne 2 ] && [ "$left" -gt 0 ]; then
+                if [ "$left" -gt 0 ] && [[ ! $code =~ ^(2|69|75)$ ]]; then
                     echo "Error: process $i of $count ended with status $code; stopping the others" >&2
                     stop KILL
                 fi

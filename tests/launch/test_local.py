@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from dmq_jax.runtime import hosts, log
+from dmq_jax.runtime import parts as parts_lib
 from tests import test_pipeline as story
 
 ROOT = Path(__file__).parents[2]
@@ -36,9 +37,8 @@ def config_file(tmp_path_factory):
     return story.make_files(tmp_path_factory.mktemp('files'))
 
 
-def read_images(workdir, name):
-    with np.load(workdir / 'samples' / name / 'images.npz') as arrays:
-        return arrays['arr_0'], arrays['labels']
+# A run without students.
+ALONE = 'config.students = {}\n    return config'
 
 
 @pytest.mark.parametrize('arguments', [(), ('2',), ('two', '--config=a.py'), ('0', '--config=a')])
@@ -55,22 +55,65 @@ def test_an_error_of_the_user_ends_all_processes_with_its_status(tmp_path):
     assert 'nothing.py' in errors and 'Traceback' not in errors
 
 
-def test_two_processes_draw_what_one_draws(config_file, tmp_path):
+@pytest.mark.parametrize(
+    'counts', [(1, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)], ids=str
+)
+def test_several_processes_draw_what_one_draws(config_file, tmp_path, counts):
     file = config_file.with_name('teacher_alone.py')
-    alone = 'config.students = {}\n    return config'
-    file.write_text(config_file.read_text().replace('return config', alone))
-    arguments = [f'--config={file}', '--config.mesh.data=2', '--stages=sample,evaluate']
+    file.write_text(config_file.read_text().replace('return config', ALONE))
+    num_devices = max(counts)
+    arguments = [f'--config={file}', f'--config.mesh.data={num_devices}']
+    arguments += ['--stages=sample,evaluate']
+    cache = tmp_path / 'compiled'
     runs = [
-        start(count, *arguments, f'--workdir={tmp_path}/{count}', devices=2 // count)
-        for count in (1, 2)
-    ]
+        start(count, *arguments, f'--workdir={tmp_path}/{count}', devices=num_devices // count,
+              cache=cache)
+        for count in counts
+    ]  # fmt: skip
     for process in runs:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-    for one, two in zip(*(read_images(tmp_path / n, 'teacher') for n in '12'), strict=True):
-        np.testing.assert_array_equal(one, two)
-    assert story.metrics_of(tmp_path / '1') == story.metrics_of(tmp_path / '2')
-    assert [p.name for p in (tmp_path / '2' / 'samples').iterdir()] == ['teacher']
+    one, *others = (tmp_path / str(count) for count in counts)
+    for several in others:
+        images = [run / 'samples' / 'teacher' / 'images.npz' for run in (one, several)]
+        assert images[0].read_bytes() == images[1].read_bytes()
+        assert story.metrics_of(one) == story.metrics_of(several)
+        assert [p.name for p in (several / 'samples').iterdir()] == ['teacher']
+
+
+# Many images of a small size, drawn in two steps; a batch leaves a part of every process.
+MANY = 3000
+MANY_BATCH = 100
+
+
+@pytest.mark.slow
+def test_many_images_drawn_by_other_numbers_of_processes_after_a_kill_are_the_same_file(
+    config_file, tmp_path
+):
+    file = config_file.with_name('teacher_alone.py')
+    file.write_text(config_file.read_text().replace('return config', ALONE))
+    arguments = [
+        f'--config={file}', '--config.mesh.data=4', '--stages=sample',
+        f'--config.sample.num_images={MANY}', f'--config.sample.batch_size={MANY_BATCH}',
+    ]  # fmt: skip
+    cache, workdir = tmp_path / 'compiled', tmp_path / 'killed'
+    parts = workdir / 'samples' / 'teacher.parts'
+    whole = start(1, *arguments, f'--workdir={tmp_path}/whole', devices=4, cache=cache)
+    _, errors = whole.communicate(timeout=600)
+    assert whole.returncode == 0, errors
+    for count in 4, 2:
+        process = start(count, *arguments, f'--workdir={workdir}', devices=4 // count, cache=cache)
+        assert wait_for_marks(process, workdir, 6 * count)
+        os.kill(processes_of(process)[-1], signal.SIGKILL)
+        process.communicate(timeout=STOPPED_WITHIN_S)
+        assert process.returncode == 128 + signal.SIGKILL
+        assert 0 < len(parts_lib.missing(parts, MANY)) < MANY
+    process = start(2, *arguments, f'--workdir={workdir}', devices=2, cache=cache)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    images = [run / 'samples' / 'teacher' / 'images.npz' for run in (tmp_path / 'whole', workdir)]
+    assert images[0].read_bytes() == images[1].read_bytes()
+    assert not parts.exists()
 
 
 @pytest.mark.slow
@@ -145,6 +188,28 @@ def test_blocks_are_reconstructed_by_two_processes_as_by_one_stopped_or_not(conf
 NUM_KILLS = 4
 # The script kills the others as soon as it has seen one end; the rest is a busy machine.
 STOPPED_WITHIN_S = 30
+# What a run leaves one after another; with these, moments do not depend on a machine's speed.
+MARKS = ('config.json', '**/complete.json', '**/checkpoints/[0-9]*', '**/*.parts/[0-9]*')
+
+
+def marks(workdir):
+    return {path for pattern in MARKS for path in workdir.glob(pattern)}
+
+
+def processes_of(script):
+    return [*map(int, Path(f'/proc/{script.pid}/task/{script.pid}/children').read_text().split())]
+
+
+def wait_for_marks(script, workdir, count, timeout_s=600):
+    """Returns once the run has left so many new marks; False if it came to its end instead."""
+    before, seen, began = marks(workdir), set(), time.monotonic()
+    while len(seen) < count:
+        if script.poll() is not None:
+            return False
+        assert time.monotonic() - began < timeout_s, sorted(seen)
+        time.sleep(0.005)
+        seen |= marks(workdir) - before
+    return True
 
 
 @pytest.mark.slow
@@ -154,35 +219,37 @@ def test_a_run_whose_processes_are_killed_at_random_moments_ends_with_the_same_m
     cache = tmp_path / 'compiled'
     arguments = [f'--config={config_file}', '--config.mesh.data=2']
     arguments.append('--stages=calibrate,finetune,export,sample,evaluate')
-    for name in ('first', 'whole'):  # the first one compiles, the second says how long a run takes
-        began = time.monotonic()
-        process = start(2, *arguments, f'--workdir={tmp_path / name}', cache=cache)
-        _, errors = process.communicate(timeout=900)
-        assert process.returncode == 0, errors
-    duration_s = time.monotonic() - began
+    whole = start(2, *arguments, f'--workdir={tmp_path}/whole', cache=cache)
+    _, errors = whole.communicate(timeout=900)
+    assert whole.returncode == 0, errors
 
     rng = np.random.default_rng(7)
     killed, rounds = tmp_path / 'killed', []
     while len(rounds) < NUM_KILLS:
         process = start(2, *arguments, f'--workdir={killed}', cache=cache)
-        time.sleep(rng.uniform(0.2, 0.9) * duration_s)
-        children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
-        if process.poll() is not None or len(children) < 2:
-            process.communicate()
-            break  # it got to its end: less was left than the first time
-        os.kill(int(children[rng.integers(2)]), signal.SIGKILL)
+        if not wait_for_marks(process, killed, rng.integers(1, 6)):
+            _, errors = process.communicate()
+            assert process.returncode == 0, errors
+            break
+        time.sleep(rng.uniform(0, 0.3))
+        running = processes_of(process)
+        if len(running) < 2:
+            break
+        os.kill(running[rng.integers(2)], signal.SIGKILL)
         began = time.monotonic()
         _, errors = process.communicate(timeout=STOPPED_WITHIN_S)
         rounds.append(time.monotonic() - began)
         assert process.returncode == 128 + signal.SIGKILL, errors
         assert 'ended with status 137; stopping the others' in errors
+    print(f'killed {len(rounds)} times; the others were gone after {rounds} s')
     assert len(rounds) >= 2, rounds
+    process.communicate()
     process = start(2, *arguments, f'--workdir={killed}', cache=cache)
     _, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
     assert story.metrics_of(killed) == story.metrics_of(tmp_path / 'whole')
-    images = [read_images(tmp_path / name, 'edm')[0] for name in ('killed', 'whole')]
-    np.testing.assert_array_equal(*images)
+    images = [tmp_path / name / 'samples' / 'edm' / 'images.npz' for name in ('killed', 'whole')]
+    assert images[0].read_bytes() == images[1].read_bytes()
 
 
 def sums_of_losses(workdir):
@@ -199,9 +266,9 @@ def test_a_process_that_is_killed_does_not_leave_the_other_behind(config_file, t
     while not (tmp_path / 'config.json').is_file():
         assert process.poll() is None and time.monotonic() - began < 200
         time.sleep(0.1)
-    children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+    children = processes_of(process)
     assert len(children) == 2
-    os.kill(int(children[1]), signal.SIGKILL)
+    os.kill(children[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL
     assert 'process 1 of 2 ended with status 137; stopping the others' in errors
