@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from dmq_jax.runtime import hosts, log
 M = TypeVar('M')
 T = TypeVar('T')
 
+_LOGGER = logging.getLogger(__name__)
 _MARK = 'complete.json'
 _CLAIM = 'options.json'
 _LOCK = '.lock'
@@ -101,7 +103,8 @@ def sole_user(folder: Path) -> Iterator[None]:
     """Within it, this run is the only one in `folder`, which is made if absent.
 
     The operating system holds the lock for as long as the process lives, so nothing is left to be
-    cleaned up after a kill. Of a run of several processes, the first one holds it for all.
+    cleaned up after a kill; where the disk has no locks, a warning says so. Of a run of several
+    processes, the first one holds it for all.
 
     Raises:
       ValueError: another run works there, and which; or the folder is not the same one for all
@@ -134,6 +137,12 @@ def _lock(folder: Path) -> IO[str]:
         raise ValueError(
             f'{folder} is in use by {holder}: wait for its end, or use another --workdir.'
         ) from None
+    except OSError as error:
+        # Some shared file systems (Lustre, unless mounted with flock) have no locks.
+        _LOGGER.warning(
+            '%s cannot be locked (%s): nothing keeps a second run out of it; start none.',
+            folder, error.strerror,
+        )  # fmt: skip
     file.truncate(0)
     file.write(f'process {os.getpid()} on {os.uname().nodename}')
     file.flush()

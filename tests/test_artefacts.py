@@ -1,3 +1,4 @@
+import errno
 import json
 import pathlib
 import subprocess
@@ -121,6 +122,16 @@ def test_a_digest_sees_values_names_shapes_dtypes_and_settings():
     digests += [artefacts.digest(arrays, {'bits': 4}), artefacts.digest(arrays, {'bits': 8})]
     assert len(set(digests)) == len(digests)
     assert artefacts.digest(dict(reversed(arrays.items()))) == digests[0]
+
+
+def test_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, caplog):
+    def without(*_):
+        raise OSError(errno.ENOSYS, 'Function not implemented')
+
+    monkeypatch.setattr(artefacts.fcntl, 'flock', without)
+    with artefacts.sole_user(tmp_path / 'run'):
+        assert (tmp_path / 'run').is_dir()
+    assert 'cannot be locked (Function not implemented)' in caplog.text
 
 
 HOLDER = """
