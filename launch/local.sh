@@ -9,10 +9,6 @@ if [ $# -lt 2 ] || ! [ "$1" -ge 1 ] 2>/dev/null; then
     echo "Error: $0 $*: expected a number of processes, then the arguments of dmq_jax.main" >&2
     exit 2
 fi
-if ((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] < 501)); then
-    echo "Error: bash $BASH_VERSION: 5.1 or newer is needed; name one: /path/to/bash $0 $*" >&2
-    exit 2
-fi
 count=$1
 shift
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -60,28 +56,30 @@ for ((id = 0; id < count; id++)); do
     [ -z "$asked" ] || { kill "$!"; break; }
 done
 
+# By looking, not by wait -n, which misses those that a signal ended before it was called (bash 5.2).
+exec {silence}<> <(:)
 status=0
-left=${#pids[@]}
-while [ "$left" -gt 0 ]; do
-    code=0
-    wait -n -p ended "${pids[@]}" || code=$?
-    # A signal ends the wait, not a process.
-    [ -n "${ended:-}" ] || continue
-    left=$((left - 1))
+while [ ${#pids[@]} -gt 0 ]; do
     for i in "${!pids[@]}"; do
-        if [ "${pids[i]}" = "$ended" ]; then
-            unset "pids[i]"
-            # Ended by a signal to stop that came before it listened: nothing is lost.
-            [ "$code" -ne 143 ] || [ -z "$asked" ] || code=75
-            # 69: another process is gone, of which that one's own status says more.
-            if [ "$code" -ne 0 ] && { [ "$status" -eq 0 ] || [ "$status" -eq 69 ]; }; then
-                status=$code
-                if [ "$left" -gt 0 ] && [[ ! $code =~ ^(2|69|75)$ ]]; then
-                    echo "Error: process $i of $count ended with status $code; stopping the others" >&2
-                    stop KILL
-                fi
-            fi
+        ! kill -0 "${pids[i]}" 2>/dev/null || continue
+        code=0
+        wait "${pids[i]}" || code=$?
+        unset "pids[i]"
+        # Ended by a signal to stop that came before it listened: nothing is lost.
+        [ "$code" -ne 143 ] || [ -z "$asked" ] || code=75
+        # 69, and 134 of jax itself: another process is gone, of which that one's own status says more.
+        if [[ $code != 0 && $status =~ ^(0|69|134)$ ]]; then
+            status=$code
+            ended=$i
         fi
     done
+    if [ ${#pids[@]} -gt 0 ]; then
+        if [[ ! $status =~ ^(0|2|69|75)$ ]] && [ -z "${told:-}" ]; then
+            told=1
+            echo "Error: process $ended of $count ended with status $status; stopping the others" >&2
+            stop KILL
+        fi
+        read -rt 0.1 <&"$silence" || true
+    fi
 done
 exit "$status"

@@ -20,9 +20,9 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'launch' / 'local.sh'
 
 
-def start(count, *arguments, cache=None, devices=1):
+def start(count, *arguments, cache=None, devices=1, module='dmq_jax.main'):
     environ = {**os.environ, 'PYTHON': sys.executable, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '',
-               'CPU_DEVICES': str(devices)}  # fmt: skip
+               'CPU_DEVICES': str(devices), 'MODULE': module}  # fmt: skip
     if cache is not None:
         environ |= {'JAX_COMPILATION_CACHE_DIR': str(cache),
                     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}  # fmt: skip
@@ -46,6 +46,70 @@ def test_without_a_number_of_processes_it_says_what_it_expects(arguments):
     done = subprocess.run(['bash', str(SCRIPT), *arguments], capture_output=True, text=True)
     assert done.returncode == 2
     assert 'expected a number of processes' in done.stderr
+
+
+PRETENDING = """
+import os, sys, time
+given = dict(argument.lstrip('-').split('=', 1) for argument in sys.argv[1:])
+kind, number = given['plan'].split(',')[int(given['process_id'])].split(':')
+if kind == 'sleep':
+    time.sleep(float(number))
+elif kind == 'kill':
+    os.kill(os.getpid(), int(number))
+else:
+    sys.exit(int(number))
+"""
+
+
+def pretend(tmp_path, plan):
+    """local.sh with processes that do as the plan says."""
+    (tmp_path / 'pretending.py').write_text(PRETENDING)
+    environ = {**os.environ, 'PYTHON': sys.executable, 'PYTHONPATH': str(tmp_path),
+               'MODULE': 'pretending', 'JAX_PLATFORMS': 'cpu'}  # fmt: skip
+    return subprocess.Popen(
+        ['bash', str(SCRIPT), str(plan.count(',') + 1), f'--plan={plan}'], env=environ, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'plan, status, blamed',
+    [
+        ('exit:0,exit:0,exit:0,exit:0', 0, None),
+        ('exit:75,exit:75,sleep:0.5,exit:75', 75, None),
+        ('exit:2,exit:2', 2, None),
+        ('exit:1,sleep:60,sleep:60', 1, 0),
+        # Several that a signal ends while the script looks elsewhere.
+        ('kill:9,sleep:60,sleep:60,kill:9', 137, 0),
+        # The status of the one that is gone counts, not of those that lost it.
+        ('exit:69,kill:9,exit:69,sleep:60', 137, 1),
+        ('exit:69,sleep:0.5,exit:0', 69, None),
+    ],
+)
+def test_the_first_process_that_fails_gives_its_status_and_ends_the_others(
+    tmp_path, plan, status, blamed
+):
+    process = pretend(tmp_path, plan)
+    _, errors = process.communicate(timeout=40)
+    assert process.returncode == status, errors
+    if blamed is None:
+        assert 'stopping the others' not in errors
+    else:
+        count = plan.count(',') + 1
+        assert f'process {blamed} of {count} ended with status {status}; stopping' in errors
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_before_the_run_listens_it_says_run_me_again(tmp_path, number):
+    process = pretend(tmp_path, 'sleep:60,sleep:60')
+    began = time.monotonic()
+    while len(processes_of(process)) < 2:
+        assert time.monotonic() - began < 20
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(number)
+    process.communicate(timeout=40)
+    assert process.returncode == hosts.REQUEUE
 
 
 def test_an_error_of_the_user_ends_all_processes_with_its_status(tmp_path):
@@ -79,6 +143,50 @@ def test_several_processes_draw_what_one_draws(config_file, tmp_path, counts):
         assert images[0].read_bytes() == images[1].read_bytes()
         assert story.metrics_of(one) == story.metrics_of(several)
         assert [p.name for p in (several / 'samples').iterdir()] == ['teacher']
+
+
+# Devices sum their parts of a batch in another order.
+TOLERANCE = 1e-5
+
+
+def measured(folder, count, devices):
+    """What each process of `tests.launch.measured` found."""
+    process = start(
+        count, f'--out={folder}/found', devices=devices, cache=folder.parent / 'compiled',
+        module='tests.launch.measured',
+    )  # fmt: skip
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    return [dict(np.load(f'{folder}/found.{i}.npz')) for i in range(count)]
+
+
+@pytest.fixture(scope='module')
+def of_one_device(tmp_path_factory):
+    (found,) = measured(tmp_path_factory.mktemp('one'), 1, 1)
+    return found
+
+
+@pytest.mark.parametrize(
+    'count, devices',
+    [(2, 1), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(1, 8), (4, 1), (4, 2)])],
+)
+def test_loss_gradients_ranges_and_samples_do_not_depend_on_processes_and_devices(
+    of_one_device, tmp_path, count, devices
+):
+    parts = measured(tmp_path, count, devices)
+    one = of_one_device
+    images = np.zeros_like(one['images'])
+    for found in parts:
+        assert found['loss'] == pytest.approx(one['loss'], rel=TOLERANCE)
+        gap = np.linalg.norm(found['gradients'] - one['gradients'])
+        assert gap < TOLERANCE * np.linalg.norm(one['gradients']), gap
+        for name in 'low', 'high':
+            np.testing.assert_allclose(found[name], one[name], rtol=TOLERANCE, atol=TOLERANCE)
+        # Each process has those that its devices drew, and zeros.
+        images += found['images']
+    off = np.abs(images.astype(int) - one['images'].astype(int))
+    # A value at the edge between two pixel values may fall on its other side.
+    assert off.max() <= 1 and (off > 0).mean() < 0.01
 
 
 # Many images of a small size, drawn in two steps; a batch leaves a part of every process.
