@@ -40,8 +40,7 @@ def make_config(**options):
     return FinetuneConfig(**{**defaults, **options})
 
 
-@pytest.fixture(scope='module')
-def problem():
+def make_problem():
     """(teacher, method, state, plan): 4 bits, ranges made up but wide enough."""
     params = denoisers.init_params(NETWORK, INFO, jax.random.key(0))
     rng = np.random.default_rng(0)
@@ -58,6 +57,11 @@ def problem():
     method = methods.make(EfficientDMConfig(lora_rank=2, lora_rate_per_scale=0.05), plan)
     state = jax.jit(method.init)(params, stats, jax.random.key(1))
     return teacher, method, state, plan
+
+
+@pytest.fixture(scope='module')
+def problem():
+    return make_problem()
 
 
 def make_step(problem, config):

@@ -181,6 +181,9 @@ def join(cluster: Cluster | None) -> None:
             f'process {cluster.process_id} of {cluster.num_processes} did not find the others at '
             f'{cluster.coordinator}: is process 0 running there, and is the port open? {error}'
         ) from error
+    # The first contact, while all are here: gloo waits 30 s for it, and compiling what would be the
+    # first otherwise may take one process longer than that.
+    wait_for_all()
     if jax.process_index() != 0:
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
 
