@@ -53,8 +53,8 @@ def _shape(path: str, array: np.ndarray) -> jax.ShapeDtypeStruct:
 
 
 def place(path: str, array: np.ndarray) -> jax.Array:
-    """`array` on the default device, before the next one is read."""
-    return jax.block_until_ready(jnp.asarray(array))
+    """`array` on the default device, before the next one is read; it must not be changed after."""
+    return jax.block_until_ready(jax.device_put(array, may_alias=True))
 
 
 def read_settings(
