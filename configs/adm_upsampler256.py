@@ -13,29 +13,21 @@ with classifier guidance (arXiv:2105.05233, table 5), which is not part of this 
 EfficientDM has no run of this network.
 """
 
-from dmq_jax.config import at_widths, base
+from dmq_jax.config import published
 
 
 def get_config(widths: str = ''):
     """Options of the run; `:w4a8` after the name of this file adds a student of these widths."""
-    config = base()
-    config.teacher.path = 'checkpoints/64_256_upsampler.pt'
-    config.teacher.low_res = 'runs/adm_imagenet64/samples/teacher/images.npz'
-    config.sampler.name = 'ddpm'
-    config.sampler.num_steps = 250
-    config.sampler.spacing = 'adm'
-    config.sampler.variance = 'learned_range'
-    config.sampler.clip_sample = 1.0
-    config.calibrate.sampler.num_steps = 100
-    config.calibrate.sampler.spacing = 'adm_ddim'
-    config.calibrate.sampler.clip_sample = 1.0
-    config.calibrate.batch_size = 4
-    config.sample.num_images = 50_000
-    config.sample.batch_size = 8
-    config.evaluate.features = 'inception'
-    config.students = at_widths(
+    return published(
         widths,
+        path='checkpoints/64_256_upsampler.pt',
+        low_res='runs/adm_imagenet64/samples/teacher/images.npz',
+        sampler={
+            'name': 'ddpm', 'num_steps': 250, 'spacing': 'adm', 'variance': 'learned_range',
+            'clip_sample': 1.0,
+        },
+        student_sampler={'num_steps': 100, 'spacing': 'adm_ddim', 'clip_sample': 1.0},
         num_iterations=16_000,
-        sampler={'num_steps': 100, 'spacing': 'adm_ddim', 'clip_sample': 1.0},
-    )
-    return config
+        batch_size=8,
+        calibrate_batch_size=4,
+    )  # fmt: skip

@@ -12,21 +12,16 @@ Float, reported: FID 4.14 (TCAQ-DM), FID 4.53 and IS 9.00 (TuneQDM), FID 5.54 an
 (BinaryDM); protocols differ.
 """
 
-from dmq_jax.config import at_widths, base
+from dmq_jax.config import published
 
 
 def get_config(widths: str = ''):
     """Options of the run; `:w4a8` after the name of this file adds a student of these widths."""
-    config = base()
-    config.teacher.path = 'checkpoints/ddim_cifar10.ckpt'
-    config.sampler.num_steps = 100
-    config.sampler.spacing = 'quadratic'
-    config.calibrate.sampler = config.sampler.copy_and_resolve_references()
-    config.calibrate.batch_size = 16
-    config.sample.num_images = 50_000
-    config.sample.batch_size = 100
-    config.evaluate.features = 'inception'
-    config.students = at_widths(
-        widths, num_iterations=64_000, sampler={'num_steps': 100, 'spacing': 'quadratic'}
+    return published(
+        widths,
+        path='checkpoints/ddim_cifar10.ckpt',
+        sampler={'num_steps': 100, 'spacing': 'quadratic'},
+        student_sampler={'num_steps': 100, 'spacing': 'quadratic'},
+        num_iterations=64_000,
+        batch_size=100,
     )
-    return config

@@ -10,25 +10,19 @@ Protocol of the papers: DDPM with the learnt variance, 100 steps, guidance 1.5; 
 Float, reported: FID 5.31, sFID 17.61, IS 245.85 (Q-DiT, 100 steps).
 """
 
-from dmq_jax.config import at_widths, base
+from dmq_jax.config import published
 
 
 def get_config(widths: str = ''):
     """Options of the run; `:w4a8` after the name of this file adds a student of these widths."""
-    config = base()
-    config.teacher.path = 'checkpoints/DiT-XL-2-256'
-    config.sampler.name = 'ddpm'
-    config.sampler.num_steps = 100
-    config.sampler.spacing = 'adm'
-    config.sampler.variance = 'learned_range'
-    config.sampler.guidance_scale = 1.5
-    config.calibrate.sampler.num_steps = 100
-    config.calibrate.sampler.guidance_scale = 1.5
-    config.calibrate.batch_size = 16
-    config.sample.num_images = 50_000
-    config.sample.batch_size = 25
-    config.evaluate.features = 'inception'
-    config.students = at_widths(
-        widths, num_iterations=16_000, sampler={'num_steps': 100, 'guidance_scale': 1.5}
-    )
-    return config
+    return published(
+        widths,
+        path='checkpoints/DiT-XL-2-256',
+        sampler={
+            'name': 'ddpm', 'num_steps': 100, 'spacing': 'adm', 'variance': 'learned_range',
+            'guidance_scale': 1.5,
+        },
+        student_sampler={'num_steps': 100, 'guidance_scale': 1.5},
+        num_iterations=16_000,
+        batch_size=25,
+    )  # fmt: skip

@@ -9,26 +9,16 @@ Protocol of the papers: DDIM, 200 steps, eta 1 (EfficientDM fine-tunes at 100); 
 Float, reported: FID 2.9 to 3.1; FID 3.03, sFID 7.03 (survey).
 """
 
-from dmq_jax.config import at_widths, base
+from dmq_jax.config import published
 
 
 def get_config(widths: str = ''):
     """Options of the run; `:w4a8` after the name of this file adds a student of these widths."""
-    config = base()
-    config.teacher.path = 'checkpoints/lsun_bedrooms.ckpt'
-    config.sampler.num_steps = 200
-    config.sampler.eta = 1.0
-    config.sampler.final_alpha = 'first'
-    config.calibrate.sampler.num_steps = 100
-    config.calibrate.sampler.eta = 1.0
-    config.calibrate.sampler.final_alpha = 'first'
-    config.calibrate.batch_size = 16
-    config.sample.num_images = 50_000
-    config.sample.batch_size = 50
-    config.evaluate.features = 'inception'
-    config.students = at_widths(
+    return published(
         widths,
+        path='checkpoints/lsun_bedrooms.ckpt',
+        sampler={'num_steps': 200, 'eta': 1.0, 'final_alpha': 'first'},
+        student_sampler={'num_steps': 100, 'eta': 1.0, 'final_alpha': 'first'},
         num_iterations=32_000,
-        sampler={'num_steps': 100, 'eta': 1.0, 'final_alpha': 'first'},
+        batch_size=50,
     )
-    return config

@@ -12,27 +12,18 @@ and what restores diversity lowers FID, so compare sFID and precision too, and 2
 sFID 5.10; eta 1 IS 249.59, FID 3.54, sFID 5.10 (CompVis/latent-diffusion, issue 262).
 """
 
-from dmq_jax.config import at_widths, base
+from dmq_jax.config import published
 
 
 def get_config(widths: str = ''):
     """Options of the run; `:w4a8` after the name of this file adds a student of these widths."""
-    config = base()
-    config.teacher.path = 'checkpoints/cin256-v2.ckpt'
-    config.sampler.num_steps = 20
-    config.sampler.guidance_scale = 3.0
-    config.sampler.final_alpha = 'first'
-    config.calibrate.sampler.num_steps = 100
-    config.calibrate.sampler.eta = 1.0
-    config.calibrate.sampler.guidance_scale = 1.5
-    config.calibrate.sampler.final_alpha = 'first'
-    config.calibrate.batch_size = 16
-    config.sample.num_images = 50_000
-    config.sample.batch_size = 50
-    config.evaluate.features = 'inception'
-    config.students = at_widths(
+    return published(
         widths,
+        path='checkpoints/cin256-v2.ckpt',
+        sampler={'num_steps': 20, 'guidance_scale': 3.0, 'final_alpha': 'first'},
+        student_sampler={
+            'num_steps': 100, 'eta': 1.0, 'guidance_scale': 1.5, 'final_alpha': 'first',
+        },
         num_iterations=16_000,
-        sampler={'num_steps': 100, 'eta': 1.0, 'guidance_scale': 1.5, 'final_alpha': 'first'},
-    )
-    return config
+        batch_size=50,
+    )  # fmt: skip

@@ -10,29 +10,22 @@ holds tokenizer/ and tokenizer_2/ as --config.teacher.components. One prompt a l
 Protocol: Euler, 50 steps, guidance 5.0. EfficientDM has no run of it; numbers in float: not stated.
 """
 
-from dmq_jax.config import at_widths, base
+from dmq_jax.config import published
 
 
 def get_config(widths: str = ''):
     """Options of the run; `:w4a8` after the name of this file adds a student of these widths."""
-    config = base()
-    config.teacher.path = 'checkpoints/stable-diffusion-xl-base-1.0'
-    config.teacher.dtype = 'bfloat16'
-    config.sampler.name = 'euler'
-    config.sampler.num_steps = 50
-    config.sampler.guidance_scale = 5.0
-    config.sampler.spacing = 'leading'
-    config.sampler.steps_offset = 1
-    config.calibrate.sampler.num_steps = 50
-    config.calibrate.sampler.guidance_scale = 5.0
-    config.calibrate.sampler.final_alpha = 'first'
-    config.calibrate.batch_size = 1
-    config.sample.num_images = 1_000
-    config.sample.batch_size = 1
-    config.evaluate.features = 'inception'
-    config.students = at_widths(
+    return published(
         widths,
+        path='checkpoints/stable-diffusion-xl-base-1.0',
+        dtype='bfloat16',
+        sampler={
+            'name': 'euler', 'num_steps': 50, 'guidance_scale': 5.0, 'spacing': 'leading',
+            'steps_offset': 1,
+        },
+        student_sampler={'num_steps': 50, 'guidance_scale': 5.0, 'final_alpha': 'first'},
         num_iterations=16_000,
-        sampler={'num_steps': 50, 'guidance_scale': 5.0, 'final_alpha': 'first'},
-    )
-    return config
+        batch_size=1,
+        calibrate_batch_size=1,
+        num_images=1_000,
+    )  # fmt: skip

@@ -820,6 +820,47 @@ def with_sampler(config: Any, **options: Any) -> Any:
     return config
 
 
+def published(
+    widths: str,
+    *,
+    path: str,
+    sampler: Mapping[str, Any],
+    student_sampler: Mapping[str, Any],
+    num_iterations: int,
+    batch_size: int,
+    calibrate_batch_size: int = 16,
+    num_images: int = 50_000,
+    **teacher: Any,
+):
+    """What the protocols of published networks share, as an `ml_collections.ConfigDict`.
+
+    Calibration and fine-tuning draw alike; images are judged by Inception's features.
+
+    Args:
+      widths: of a student, or ''; see `at_widths`.
+      path: of the teacher.
+      sampler: options of SamplerConfig for the images.
+      student_sampler: those for calibration and fine-tuning.
+      num_iterations: of fine-tuning.
+      batch_size: images drawn at once.
+      calibrate_batch_size: images observed at once.
+      num_images: how many are drawn.
+      **teacher: more of TeacherConfig.
+
+    Raises:
+      ValueError: as `at_widths`.
+    """
+    config = base()
+    config.teacher.update({'path': path, **teacher})
+    config.sampler.update(sampler)
+    config.calibrate.sampler.update(student_sampler)
+    config.calibrate.batch_size = calibrate_batch_size
+    config.sample.update({'num_images': num_images, 'batch_size': batch_size})
+    config.evaluate.features = 'inception'
+    config.students = at_widths(widths, num_iterations=num_iterations, sampler=student_sampler)
+    return config
+
+
 def describe(config: Any) -> str:
     """The resolved `config` as indented JSON, for people and for config.json."""
     return json.dumps(to_dict(config), indent=2)

@@ -92,11 +92,22 @@ class Denoiser(NamedTuple):
 
 def float_denoiser(network: Network, params: PyTree, info: DenoiserInfo) -> Denoiser:
     """The denoiser that simply applies `network`."""
+    return Denoiser(FloatPredict(network), params, info, network)
 
-    def predict(params, x, t, y=None):
-        return network.apply({'params': params}, x, t, y)
 
-    return Denoiser(predict, params, info, network)
+@dataclasses.dataclass(frozen=True)
+class FloatPredict:
+    """Applies a network; equal for equal networks, so that programs of one serve the other.
+
+    Attributes:
+      network: in float.
+    """
+
+    network: Network
+
+    def __call__(self, params: PyTree, x: Array, t: Array, y: Array | None = None) -> Array:
+        """The prediction of the network with these parameters."""
+        return self.network.apply({'params': params}, x, t, y)
 
 
 def guided(

@@ -56,9 +56,8 @@ class Tensors(Mapping[str, np.ndarray]):
         """The array; one of a mapped file is to be copied before the next is asked for."""
         if self._last is not None:
             torch_files.release(self._last)
-        array = self._source[self._names[name]]
-        self._last = array if isinstance(self._source, dict) else None
-        return array
+        self._last = getattr(self._source, 'view', self._source.__getitem__)(self._names[name])
+        return self._last
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

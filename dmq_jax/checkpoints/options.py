@@ -53,8 +53,8 @@ def _shape(path: str, array: np.ndarray) -> jax.ShapeDtypeStruct:
 
 
 def place(path: str, array: np.ndarray) -> jax.Array:
-    """`array` on the default device, before the next one is read."""
-    return jax.block_until_ready(jnp.asarray(array))
+    """`array` on the default device, before the next one is read; it must not be changed after."""
+    return jax.block_until_ready(jax.device_put(array, may_alias=True))
 
 
 def read_settings(
@@ -95,9 +95,18 @@ def read_settings(
     return None, content.get('network'), dict(content.get('process', {}))
 
 
-def unknown_settings(path: Path, what: str) -> ValueError:
-    """The error for a checkpoint that does not tell what its network needs."""
+def unknown_settings(
+    path: Path, what: str, *, example: Mapping[str, Any] | None = None
+) -> ValueError:
+    """The error for a checkpoint that does not tell what its network needs.
+
+    Args:
+      path: of the checkpoint.
+      what: it does not tell.
+      example: content of such a JSON file.
+    """
+    words = '' if example is None else f', such as {json.dumps(example)} with its own values'
     return ValueError(
         f'{path}: {what}; give teacher.settings, a JSON file '
-        f'{{"network": {{...}}, "process": {{...}}}} or a published name.'
+        f'{{"network": {{...}}, "process": {{...}}}}{words}, or a published name.'
     )

@@ -302,10 +302,11 @@ def find_published(tensors: Tensors, kind: str) -> tuple[str, dict[str, Any]]:
         'compvis': (ldm_weights.PUBLISHED, _compvis_layout),
     }[kind]
     found: dict[Any, str] = {}
+    key = {'adm': 'num_channels', 'compvis': 'model_channels'}[kind]
     width = tensors.shape_of('time_embed.0.weight')[1]
     for name, settings in table.items():
         # Most are ruled out by their width alone, without being traced.
-        if settings.get('num_channels', settings.get('model_channels')) != width:
+        if settings.get(key) != width:
             continue
         network, wanted = layout(settings)
         if network not in found and _has_shapes(tensors, wanted):
@@ -316,9 +317,11 @@ def find_published(tensors: Tensors, kind: str) -> tuple[str, dict[str, Any]]:
     what = 'no published network has these tensors'
     if found:
         what = f'more than one published network has these tensors ({", ".join(found.values())})'
+    some = {**next(iter(table.values())), key: width}
     raise unknown_settings(
         tensors.path, f'{what} ({len(tensors)}, {width} channels), and they do not tell the rest '
         f'(heads of attention, image size)',
+        example={'network': {'image_size': 64, **some}, 'process': {}},
     )  # fmt: skip
 
 

@@ -1,20 +1,48 @@
 """Single and sharded `.safetensors` files as a lazy mapping from name to array.
 
 A sharded checkpoint is an `*.safetensors.index.json` (`{'weight_map': {tensor: file}}`, the layout
-of the Hugging Face hub) beside its files. Only the headers are read when a checkpoint is opened;
-each array is read when it is asked for.
+of the Hugging Face hub) beside its files. Only the headers are read when a checkpoint is opened,
+once; files are mapped into memory, and each array is read when it is asked for.
 """
 
-import contextlib
+import itertools
 import json
+import math
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 INDEX_SUFFIX = '.safetensors.index.json'
+
+
+# Names of the format; shorter types than a byte are packed, which no reader here needs.
+_DTYPES = {
+    'BOOL': np.dtype(bool),
+    'C64': np.dtype('complex64'),
+    **{
+        f'{kind.upper()}{8 * size}': np.dtype(f'<{kind}{size}')
+        for kind, size in itertools.product('iu', (1, 2, 4, 8))
+    },
+    **{f'F{8 * size}': np.dtype(f'<f{size}') for size in (2, 4, 8)},
+    'BF16': np.dtype(ml_dtypes.bfloat16),
+    'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
+    'F8_E5M2': np.dtype(ml_dtypes.float8_e5m2),
+    'F8_E8M0': np.dtype(ml_dtypes.float8_e8m0fnu),
+}  # fmt: skip
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies."""
+
+    data: mmap.mmap
+    offset: int
+    kind: str
+    shape: tuple[int, ...]
 
 
 class SafetensorsReader(Mapping[str, np.ndarray]):
@@ -25,22 +53,38 @@ class SafetensorsReader(Mapping[str, np.ndarray]):
       metadata: the free text of the file, `{}` where there is none; of an index, its `metadata`.
     """
 
-    def __init__(self, path: Path, files: dict[str, Path], metadata: dict[str, Any]):
+    def __init__(self, path: Path, places: dict[str, _Place], metadata: dict[str, Any]):
         self.path = path
         self.metadata = metadata
-        self._files = files
-        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._places = places
+
+    def _place(self, name: str) -> _Place:
+        if name not in self._places:
+            raise KeyError(f'{self.path}: no tensor {name!r} among {len(self._places)}.')
+        return self._places[name]
 
     def __getitem__(self, name: str) -> np.ndarray:
         """The array called `name`.
 
         Raises:
           KeyError: no tensor of that name.
+          ValueError: a dtype that NumPy has no word for.
         """
-        if name not in self._files:
-            raise KeyError(f'{self.path}: no tensor {name!r} among {len(self._files)}.')
-        with _opened(self._files[name]) as file:
-            return file.get_tensor(name)
+        return self.view(name).copy()
+
+    def view(self, name: str) -> np.ndarray:
+        """The same as a part of the file, which must outlive it unchanged.
+
+        Raises:
+          KeyError: no tensor of that name.
+          ValueError: a dtype that NumPy has no word for.
+        """
+        data, offset, kind, shape = self._place(name)
+        if kind not in _DTYPES:
+            raise ValueError(f'{self.path}: {name!r} is of dtype {kind}, which is not supported.')
+        if math.prod(shape) == 0:
+            return np.zeros(shape, _DTYPES[kind])
+        return np.frombuffer(data, _DTYPES[kind], math.prod(shape), offset).reshape(shape)
 
     def shape_of(self, name: str) -> tuple[int, ...]:
         """The shape of the array called `name`, of which nothing is read.
@@ -48,23 +92,16 @@ class SafetensorsReader(Mapping[str, np.ndarray]):
         Raises:
           KeyError: no tensor of that name.
         """
-        if name not in self._files:
-            raise KeyError(f'{self.path}: no tensor {name!r} among {len(self._files)}.')
-        if name not in self._shapes:
-            # Opening a file parses its header, which has all of them.
-            with _opened(self._files[name]) as file:
-                for other in file.keys():  # noqa: SIM118
-                    self._shapes[other] = tuple(file.get_slice(other).get_shape())
-        return self._shapes[name]
+        return self._place(name).shape
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._places)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._places)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return name in self._places
 
 
 def open_safetensors(path: str | os.PathLike) -> SafetensorsReader:
@@ -82,8 +119,7 @@ def open_safetensors(path: str | os.PathLike) -> SafetensorsReader:
         )
     if path.suffix == '.json':
         return _open_index(path)
-    with _opened(path) as file:
-        return SafetensorsReader(path, dict.fromkeys(file.keys(), path), file.metadata() or {})
+    return SafetensorsReader(path, *_read_header(path))
 
 
 def _open_index(path: Path) -> SafetensorsReader:
@@ -94,31 +130,44 @@ def _open_index(path: Path) -> SafetensorsReader:
     if not isinstance(index, dict) or not isinstance(index.get('weight_map'), dict):
         raise ValueError(f"{path}: not an index of shards; expected {{'weight_map': {{...}}}}.")
     weight_map = index['weight_map']
+    places: dict[str, _Place] = {}
     for shard in sorted(set(weight_map.values())):
         # A checkpoint comes from elsewhere: it may name files beside itself only.
         if Path(shard).name != shard:
             raise ValueError(f'{path}: shard {shard!r} is not a plain file name.')
         if not (path.parent / shard).is_file():
             raise FileNotFoundError(f'{path}: shard {shard!r} is missing beside it.')
-        with _opened(path.parent / shard) as file:
-            held = set(file.keys())
+        held, _ = _read_header(path.parent / shard)
         listed = {name for name, where in weight_map.items() if where == shard}
-        if held != listed:
-            name = min(held ^ listed)
+        if held.keys() != listed:
+            name = min(held.keys() ^ listed)
             raise ValueError(
                 f'{path}: {name!r} is {"listed for" if name in listed else "not listed for"} '
                 f'{shard}, which {"lacks" if name in listed else "holds"} it: mixed downloads?'
             )
-    files = {name: path.parent / shard for name, shard in weight_map.items()}
-    return SafetensorsReader(path, files, index.get('metadata') or {})
+        places |= held
+    places = {name: places[name] for name in weight_map}
+    return SafetensorsReader(path, places, index.get('metadata') or {})
 
 
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _read_header(path: Path) -> tuple[dict[str, _Place], dict[str, Any]]:
+    """Where the tensors of a file lie, and its metadata."""
     from safetensors import SafetensorError, safe_open
 
     try:
+        # It checks that the tensors fill the file, each with its shape, and none over another.
         with safe_open(path, framework='numpy') as file:
-            yield file
+            names, metadata = file.keys(), file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f'{path}: not a complete safetensors file ({error}).') from error
+    with path.open('rb') as stream:
+        data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 8 + int.from_bytes(data[:8], 'little')
+    header = json.loads(data[8:start])
+    return {
+        name: _Place(
+            data, start + header[name]['data_offsets'][0], header[name]['dtype'],
+            tuple(header[name]['shape']),
+        )
+        for name in names
+    }, metadata  # fmt: skip

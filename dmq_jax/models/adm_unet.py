@@ -308,4 +308,4 @@ class UpLevel(nn.Module):
             return x
         if self.resblock_updown:
             return self.block(width=self.width, resample=upsampled, name='upsample')(x, embedding)
-        return conv3x3(self.width, 'upsample', self.dtype)(upsampled(x))
+        return conv3x3(self.width, 'upsample', self.dtype, enlarged=True)(upsampled(x))

@@ -333,7 +333,7 @@ class Level(nn.Module):
             padding = ((0, 1), (0, 1))
             x = conv3x3(self.width, 'downsample', self.dtype, strides=2, padding=padding)(x)
         elif self.resample == 'up':
-            x = conv3x3(self.width, 'upsample', self.dtype)(upsampled(x))
+            x = conv3x3(self.width, 'upsample', self.dtype, enlarged=True)(upsampled(x))
         return x
 
 

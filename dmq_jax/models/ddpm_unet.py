@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dmq_jax.models.convolution import convolve
+from dmq_jax.models.convolution import convolve, convolve_enlarged
 from dmq_jax.models.tap import Product
 
 
@@ -169,12 +169,27 @@ def depth_to_space(x: Float[Array, 'B h w D'], size: int) -> Float[Array, 'B H W
 
 
 def conv3x3(
-    width: int, name: str, dtype: jnp.dtype, strides: int = 1, padding: object = 1
+    width: int,
+    name: str,
+    dtype: jnp.dtype,
+    strides: int = 1,
+    padding: object = 1,
+    *,
+    enlarged: bool = False,
 ) -> Callable[[Array], Array]:
-    """A 3x3 convolution that pads with zeros like the original (one pixel unless told)."""
+    """A 3x3 convolution that pads with zeros like the original (one pixel unless told).
+
+    Args:
+      width: channels of the output.
+      name: of the layer.
+      dtype: of the computation.
+      strides: of both sides.
+      padding: of both sides.
+      enlarged: whether its input comes from `upsampled`.
+    """
     return nn.Conv(
         width, (3, 3), strides=(strides, strides), padding=padding, dtype=dtype, name=name,
-        conv_general_dilated=convolve,
+        conv_general_dilated=convolve_enlarged if enlarged else convolve,
     )  # fmt: skip
 
 
@@ -277,7 +292,8 @@ class ResBlock(nn.Module):
         h = nn.silu(norm('norm1')(x))
         if self.resample is not None:
             x, h = self.resample(x), self.resample(h)
-        h = conv3x3(self.width, 'conv1', self.dtype)(h)
+        enlarged = self.resample is upsampled
+        h = conv3x3(self.width, 'conv1', self.dtype, enlarged=enlarged)(h)
         count = 2 * self.width if self.scale_shift else self.width
         shift = nn.Dense(count, dtype=self.dtype, name='time_proj')(nn.silu(embedding))
         shift = shift[:, None, None, :]
@@ -414,5 +430,5 @@ class UpLevel(nn.Module):
                     self.head_dim, self.num_groups, self.epsilon, self.dtype, name=f'attention_{j}'
                 )(x)
         if self.upsample:
-            x = conv3x3(self.width, 'upsample', self.dtype)(upsampled(x))
+            x = conv3x3(self.width, 'upsample', self.dtype, enlarged=True)(upsampled(x))
         return x

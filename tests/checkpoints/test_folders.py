@@ -4,6 +4,8 @@ import shutil
 import numpy as np
 import pytest
 
+import dmq_jax
+from dmq_jax import sampling
 from dmq_jax.teachers import load_teacher
 from tests import tiny_checkpoints as tiny
 from tests.checkpoints.journey import last_latents, travel
@@ -35,6 +37,21 @@ def test_the_rows_of_the_table_are_what_the_encoder_says_of_each_prompt(stable_d
     np.testing.assert_array_equal(rows[2], single[1])  # the empty text is the null
     np.testing.assert_array_equal(empty[0], empty[1])
     assert (rows[0] != rows[1]).any()
+
+
+def test_other_prompts_seeds_and_timesteps_need_no_other_program(stable_diffusion):
+    def draw(prompts, seed, **options):
+        teacher = load_teacher(stable_diffusion, prompts=prompts)
+        return dmq_jax.sample(
+            teacher, num_images=2, batch_size=2, seed=seed, num_steps=2, guidance_scale=7.5,
+            **options,
+        )  # fmt: skip
+
+    programs = (sampling.sample_latents, sampling.decode)
+    first = draw(['a cat', 'a'], 0)
+    before = [program._cache_size() for program in programs]
+    assert (draw(['cat', 'a a cat'], 1, spacing='trailing') != first).any()
+    assert [program._cache_size() for program in programs] == before
 
 
 def test_a_condition_may_be_given_in_place_of_a_label(stable_diffusion):

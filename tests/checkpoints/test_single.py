@@ -1,3 +1,5 @@
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -96,6 +98,36 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     empty = tiny.save_torch(tmp_path / 'empty.pt', {'epoch': 3})
     with pytest.raises(ValueError, match='no tensors in it'):
         load_teacher(empty)
+
+
+@pytest.mark.parametrize(
+    'tensors, settings, words',
+    [
+        (tiny.adm_tensors, tiny.ADM, {'num_channels': 32, 'num_head_channels': 64}),
+        (tiny.cin256_tensors, tiny.LDM, {'model_channels': 32, 'num_heads': 1}),
+    ],
+)
+def test_a_network_that_was_never_published_is_described_as_the_error_says(
+    tmp_path, tensors, settings, words
+):
+    file = tiny.save_torch(tmp_path / 'model.pt', tensors())
+    with pytest.raises(ValueError, match='a JSON file') as caught:
+        load_teacher(file)
+    text = str(caught.value)
+    example = json.loads(text[text.index('such as ') + 8 : text.index(' with its own values')])
+    assert words.items() <= example['network'].items()
+    # The same tensors with other heads are another network; only the settings tell.
+    heads = {'num_heads': 4, 'num_head_channels': -1}
+    one, other = (
+        load_teacher(file, settings=tiny.settings_file(tmp_path, network={**settings, **more}))
+        for more in ({}, heads)
+    )
+    assert unwrapped(other.network).num_heads[0] == 4 != unwrapped(one.network).num_heads[0]
+    assert np.isfinite(last_latents(other)).all()
+    assert np.abs(last_latents(other) - last_latents(one)).max() > 0
+    wrong = tiny.settings_file(tmp_path, network={**settings, 'num_headz': 4})
+    with pytest.raises(ValueError, match='num_headz=4: not a setting of .* that is known here'):
+        load_teacher(file, settings=wrong)
 
 
 def test_a_kind_that_the_file_is_not_is_refused(tmp_path):

@@ -150,7 +150,7 @@ class Lazy(Mapping):
         return self.shapes[name]
 
 
-def test_tensors_are_read_and_placed_one_at_a_time():
+def test_tensors_are_read_and_placed_a_few_at_a_time():
     size = 500
     shapes = {
         f'layer_{i}': {'kernel': jax.ShapeDtypeStruct((size, size), jnp.float32)} for i in range(20)
@@ -171,8 +171,8 @@ def test_tensors_are_read_and_placed_one_at_a_time():
     assert params['layer_7']['kernel'] == 'layer_7/kernel'
     assert sorted(placed) == sorted((f'layer_{i}/kernel', (size, size), True) for i in range(20))
     assert len(tensors.asked) == 20
-    # A tensor and its conversion, not twenty: 1 MB each.
-    assert peak < 4 * 4 * size**2
+    # Four tensors and their conversions, not twenty: 1 MB each.
+    assert peak < 9 * 4 * size**2
 
 
 @pytest.mark.parametrize(
