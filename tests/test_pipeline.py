@@ -15,9 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from dmq_jax import artefacts, calibrate, command_line, denoisers, exporting, pipeline, teachers
+from dmq_jax import artefacts, calibrate, command_line, exporting, pipeline, teachers
 from dmq_jax import config as config_lib
-from dmq_jax.denoisers import float_denoiser
 from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.runtime import hosts, log
 from tests import tiny
@@ -64,11 +63,8 @@ def make_files(folder):
         channels=(8,), in_channels=1, layers_per_block=1, num_groups=4, down_attention=(False,),
         mid_attention=False, num_class_embeds=tiny.NUM_CLASSES + 1,
     )  # fmt: skip
-    shapes = jax.eval_shape(
-        lambda key: denoisers.init_params(network, tiny.INFO, key), jax.random.key(0)
-    )
     teacher = folder / 'teacher.safetensors'
-    teachers.save_teacher(teacher, float_denoiser(network, tiny.random_like(shapes), tiny.INFO))
+    teachers.save_teacher(teacher, tiny.random_denoiser(network))
     evaluation = tuple(map(str, tiny.write_evaluation(folder)))
     text = CONFIG_FILE.format(
         teacher=str(teacher), evaluation=evaluation, num_images=NUM_IMAGES,

@@ -61,12 +61,28 @@ def random_like(shapes, seed=0, scale=0.3):
     return jax.tree.map(draw, shapes)
 
 
+def random_denoiser(network, info=INFO, fill=random_like):
+    """A float network with the weights that `fill` makes of a tree of shapes."""
+    shapes = jax.eval_shape(
+        lambda key: denoisers.init_params(network, info, key), jax.random.key(0)
+    )
+    return float_denoiser(network, fill(shapes), info)
+
+
+def like_initial(shapes):
+    """Random weights of the size that an initialisation gives them; norms do nothing."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        numbers = rng.standard_normal(leaf.shape) / np.sqrt(max(1, np.prod(leaf.shape[:-1])))
+        return jnp.asarray(numbers + (path[-1].key == 'scale'), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 @functools.cache
 def teacher():
-    shapes = jax.eval_shape(
-        lambda key: denoisers.init_params(NETWORK, INFO, key), jax.random.key(0)
-    )
-    return float_denoiser(NETWORK, random_like(shapes), INFO)
+    return random_denoiser(NETWORK)
 
 
 def observed():
