@@ -86,14 +86,7 @@ def read_config(file, **changes):
 
 
 @pytest.fixture(scope='module')
-def compiled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('compiled')
-    with tiny.compilation_cache(folder):
-        yield folder
-
-
-@pytest.fixture(scope='module')
-def config_file(tmp_path_factory, compiled):
+def config_file(tmp_path_factory):
     return make_files(tmp_path_factory.mktemp('files'))
 
 
@@ -105,14 +98,13 @@ def whole(config_file, tmp_path_factory):
     return workdir
 
 
-def start(config_file, workdir, compiled, *arguments):
+def start(config_file, workdir, *arguments):
     """The command as a process of its own."""
     return subprocess.Popen(
         [sys.executable, '-m', 'dmq_jax.main', f'--config={config_file}', f'--workdir={workdir}',
          *arguments],
         cwd=config_file.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_COMPILATION_CACHE_DIR': str(compiled),
-             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'},
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
     )  # fmt: skip
 
 
@@ -345,10 +337,8 @@ def wait_for_checkpoint(process, folder, timeout_s=240):
         time.sleep(0.002)
 
 
-def test_a_run_killed_while_fine_tuning_ends_with_the_same_metrics(
-    whole, config_file, compiled, tmp_path
-):
-    process = start(config_file, tmp_path, compiled, '--stages=finetune')
+def test_a_run_killed_while_fine_tuning_ends_with_the_same_metrics(whole, config_file, tmp_path):
+    process = start(config_file, tmp_path, '--stages=finetune')
     folder = tmp_path / 'students' / 'edm' / 'finetune'
     wait_for_checkpoint(process, folder / 'checkpoints')
     process.send_signal(signal.SIGKILL)
@@ -370,13 +360,11 @@ def test_a_run_killed_while_fine_tuning_ends_with_the_same_metrics(
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_with_the_same_metrics(
-    whole, config_file, compiled, tmp_path
-):
+def test_a_run_killed_again_and_again_ends_with_the_same_metrics(whole, config_file, tmp_path):
     rng = np.random.default_rng(0)
     kills = 0
     for attempt in range(20):
-        process = start(config_file, tmp_path, compiled)
+        process = start(config_file, tmp_path)
         try:
             # Later attempts live longer, so that the last of them arrives.
             _, errors = process.communicate(timeout=rng.uniform(3, 12) * (1 + attempt / 4))
@@ -391,9 +379,9 @@ def test_a_run_killed_again_and_again_ends_with_the_same_metrics(
     assert metrics_of(tmp_path) == metrics_of(whole)
 
 
-def test_a_mistake_on_the_command_line_is_one_message_and_status_2(config_file, compiled, tmp_path):
+def test_a_mistake_on_the_command_line_is_one_message_and_status_2(config_file, tmp_path):
     process = start(
-        config_file, tmp_path, compiled, '--config.mesh.data=8', '--config.sample.batch_size=12',
+        config_file, tmp_path, '--config.mesh.data=8', '--config.sample.batch_size=12',
         '--config.students.edm.finetune.batch_size=8',
     )  # fmt: skip
     _, errors = process.communicate(timeout=240)

@@ -3,14 +3,12 @@
 Weights are NumPy numbers: compiling an initialisation would take longer than most tests.
 """
 
-import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.experimental.compilation_cache import compilation_cache as compilation_cache_lib
 from safetensors.numpy import save_file
 
 from dmq_jax import calibrate, denoisers, methods
@@ -35,19 +33,6 @@ INFO = DenoiserInfo(
 )
 SAMPLER = SamplerConfig(num_steps=3)
 CALIBRATE = CalibrateConfig(num_images=16, batch_size=8, values_per_tensor=32, sampler=SAMPLER)
-
-
-@contextlib.contextmanager
-def compilation_cache(folder):
-    """Within it, a program compiled once is read from `folder`, by other processes as well."""
-    jax.config.update('jax_compilation_cache_dir', str(folder))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-    compilation_cache_lib.reset_cache()
-    try:
-        yield
-    finally:
-        jax.config.update('jax_compilation_cache_dir', None)
-        compilation_cache_lib.reset_cache()
 
 
 def random_like(shapes, seed=0, scale=0.3):
