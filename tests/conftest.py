@@ -1,14 +1,50 @@
-"""Strict JAX, and eight CPU devices, for every test."""
+"""Strict JAX, eight CPU devices, and programs that are compiled quickly, for every test."""
 
+import importlib.metadata
 import os
+import shutil
+import tempfile
 
-# Read once, when JAX starts its back end: must come before the first import of jax.
-_DEVICES = '--xla_force_host_platform_device_count=8'
-if 'xla_force_host_platform_device_count' not in os.environ.get('XLA_FLAGS', ''):
-    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}'.strip()
+
+def _add_flag(flag):
+    """To `XLA_FLAGS`, which are read once, when JAX starts its back end; a given value stays."""
+    flags = os.environ.get('XLA_FLAGS', '')
+    if flag.split('=')[0] not in flags:
+        os.environ['XLA_FLAGS'] = f'{flags} {flag}'.strip()
+
+
+_add_flag('--xla_force_host_platform_device_count=8')
+
+# Many tests need the same programs. All here goes through the environment, so that the workers of
+# pytest-xdist and the processes that tests start share the folder and compile alike.
+_CACHE = 'JAX_COMPILATION_CACHE_DIR'
+_own_cache = None
+if _CACHE not in os.environ:
+    _own_cache = os.environ[_CACHE] = tempfile.mkdtemp(prefix='dmq_jax_compiled_')
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import jax  # noqa: E402
 
 # Silent widening of a dtype or of a rank is how wrong shapes pass unnoticed.
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def pytest_configure(config):
+    """Without 'slow' and 'gpu' tests, compiling is most of the time: less of it is optimised.
+
+    What fuses for the CPU, and what LLVM makes of it, is left out; all else that XLA does to a
+    program, its partitioning above all, is what users have. 'slow' and 'gpu' tests run as users do.
+    """
+    expression = config.option.markexpr
+    if 'not slow' in expression and 'not gpu' in expression:
+        os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
+        jax.config.update('jax_disable_most_optimizations', True)
+        # Half of what is left; newer versions do not know this flag, and stop at it.
+        if importlib.metadata.version('jaxlib').startswith('0.10.'):
+            _add_flag('--xla_cpu_use_fusion_emitters=false')
+
+
+def pytest_unconfigure():
+    if _own_cache is not None:
+        shutil.rmtree(_own_cache, ignore_errors=True)

@@ -7,6 +7,7 @@ import pytest
 from dmq_jax import bench, denoisers
 from dmq_jax.diffusion.schedule import Schedule
 from dmq_jax.models.ddpm_unet import DDPMUNet
+from tests import tiny
 
 
 @pytest.fixture(scope='module')
@@ -18,8 +19,7 @@ def teacher():
     info = denoisers.DenoiserInfo(
         schedule=Schedule(kind='linear'), prediction='eps', image_shape=(4, 4, 1), num_classes=None
     )
-    params = denoisers.init_params(network, info, jax.random.key(0))
-    return denoisers.float_denoiser(network, params, info)
+    return tiny.random_denoiser(network, info)
 
 
 def test_every_row_is_measured_and_reported(teacher):

@@ -3,11 +3,10 @@
 import dataclasses
 import json
 
-import jax
 import numpy as np
 import pytest
 
-from dmq_jax import compare, denoisers, teachers
+from dmq_jax import compare, teachers
 from dmq_jax.config import (
     CalibrateConfig,
     Config,
@@ -20,7 +19,6 @@ from dmq_jax.config import (
     StudentConfig,
     TeacherConfig,
 )
-from dmq_jax.denoisers import float_denoiser
 from dmq_jax.models.ddpm_unet import DDPMUNet
 from tests import tiny
 
@@ -32,11 +30,8 @@ def config(tmp_path_factory):
         channels=(8,), in_channels=1, layers_per_block=1, num_groups=4, down_attention=(False,),
         mid_attention=False, num_class_embeds=tiny.NUM_CLASSES + 1,
     )  # fmt: skip
-    shapes = jax.eval_shape(
-        lambda key: denoisers.init_params(network, tiny.INFO, key), jax.random.key(0)
-    )
     teacher = folder / 'teacher.safetensors'
-    teachers.save_teacher(teacher, float_denoiser(network, tiny.random_like(shapes), tiny.INFO))
+    teachers.save_teacher(teacher, tiny.random_denoiser(network))
     features, reference = map(str, tiny.write_evaluation(folder))
     sampler = SamplerConfig(num_steps=2)
 

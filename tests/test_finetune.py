@@ -14,6 +14,7 @@ from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import INPUT_ROLES
 from dmq_jax.runtime import hosts, log, mesh
+from tests import tiny
 
 # Devices sum their parts of the batch in another order.
 TOLERANCE = 1e-5
@@ -42,12 +43,7 @@ def make_config(**options):
 
 def make_problem():
     """(teacher, method, state, plan): 4 bits, ranges made up but wide enough."""
-    params = denoisers.init_params(NETWORK, INFO, jax.random.key(0))
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda a: a + 0.1 * jnp.asarray(rng.standard_normal(a.shape), a.dtype), params
-    )
-    teacher = denoisers.float_denoiser(NETWORK, params, INFO)
+    teacher = tiny.random_denoiser(NETWORK, INFO, tiny.like_initial)
     layers = denoisers.quantizable(teacher)
     quant = QuantConfig(weight_observer='minmax', activation_observer='minmax')
     plan = denoisers.make_plan(layers, quant)
@@ -55,7 +51,7 @@ def make_problem():
     seen = TensorStats(low, high, np.stack([low, high], axis=-1))
     stats = {path: dict.fromkeys(INPUT_ROLES[layers[path].kind], seen) for path in plan}
     method = methods.make(EfficientDMConfig(lora_rank=2, lora_rate_per_scale=0.05), plan)
-    state = jax.jit(method.init)(params, stats, jax.random.key(1))
+    state = jax.jit(method.init)(teacher.params, stats, jax.random.key(1))
     return teacher, method, state, plan
 
 

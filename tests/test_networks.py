@@ -37,13 +37,6 @@ def info_of(network, **changes):
     return denoisers.DenoiserInfo(**values)
 
 
-def random_teacher(network, info):
-    shapes = jax.eval_shape(
-        lambda key: denoisers.init_params(network, info, key), jax.random.key(0)
-    )
-    return denoisers.float_denoiser(network, tiny.random_like(shapes), info)
-
-
 @pytest.mark.parametrize(
     'network',
     [tiny.NETWORK, ADM, LDM, PIXELS, DIT, PixArt(num_layers=1), CONDITIONED, Conditioned(ADM),
@@ -78,7 +71,7 @@ def test_what_a_sampler_must_know_survives_json(changes):
 
 
 def test_a_label_stands_for_its_row_of_the_table():
-    teacher = random_teacher(CONDITIONED, info_of(CONDITIONED))
+    teacher = tiny.random_denoiser(CONDITIONED, info_of(CONDITIONED))
     x = np.random.default_rng(0).standard_normal((2, 4, 4, 3)).astype(np.float32)
     table = teacher.params[networks.TABLE]['context']
     t = np.int32(5)
@@ -134,7 +127,7 @@ def test_rows_of_the_class_table_are_counted(network, rows):
 
 def specs(network, coverage, **changes):
     """(layers, plan) of a network under a preset."""
-    layers = denoisers.quantizable(random_teacher(network, info_of(network, **changes)))
+    layers = denoisers.quantizable(tiny.random_denoiser(network, info_of(network, **changes)))
     return layers, denoisers.make_plan(layers, QuantConfig(coverage=coverage), network)
 
 

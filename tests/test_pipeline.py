@@ -15,9 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from dmq_jax import artefacts, calibrate, command_line, denoisers, exporting, pipeline, teachers
+from dmq_jax import artefacts, calibrate, command_line, exporting, pipeline, teachers
 from dmq_jax import config as config_lib
-from dmq_jax.denoisers import float_denoiser
 from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.runtime import hosts, log
 from tests import tiny
@@ -64,11 +63,8 @@ def make_files(folder):
         channels=(8,), in_channels=1, layers_per_block=1, num_groups=4, down_attention=(False,),
         mid_attention=False, num_class_embeds=tiny.NUM_CLASSES + 1,
     )  # fmt: skip
-    shapes = jax.eval_shape(
-        lambda key: denoisers.init_params(network, tiny.INFO, key), jax.random.key(0)
-    )
     teacher = folder / 'teacher.safetensors'
-    teachers.save_teacher(teacher, float_denoiser(network, tiny.random_like(shapes), tiny.INFO))
+    teachers.save_teacher(teacher, tiny.random_denoiser(network))
     evaluation = tuple(map(str, tiny.write_evaluation(folder)))
     text = CONFIG_FILE.format(
         teacher=str(teacher), evaluation=evaluation, num_images=NUM_IMAGES,
@@ -90,14 +86,7 @@ def read_config(file, **changes):
 
 
 @pytest.fixture(scope='module')
-def compiled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('compiled')
-    with tiny.compilation_cache(folder):
-        yield folder
-
-
-@pytest.fixture(scope='module')
-def config_file(tmp_path_factory, compiled):
+def config_file(tmp_path_factory):
     return make_files(tmp_path_factory.mktemp('files'))
 
 
@@ -109,14 +98,13 @@ def whole(config_file, tmp_path_factory):
     return workdir
 
 
-def start(config_file, workdir, compiled, *arguments):
+def start(config_file, workdir, *arguments):
     """The command as a process of its own."""
     return subprocess.Popen(
         [sys.executable, '-m', 'dmq_jax.main', f'--config={config_file}', f'--workdir={workdir}',
          *arguments],
         cwd=config_file.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'JAX_COMPILATION_CACHE_DIR': str(compiled),
-             'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'},
+        env={**os.environ, 'PYTHONPATH': str(ROOT)},
     )  # fmt: skip
 
 
@@ -348,10 +336,8 @@ def wait_for_checkpoint(process, folder, timeout_s=240):
         time.sleep(0.002)
 
 
-def test_a_run_killed_while_fine_tuning_ends_with_the_same_metrics(
-    whole, config_file, compiled, tmp_path
-):
-    process = start(config_file, tmp_path, compiled, '--stages=finetune')
+def test_a_run_killed_while_fine_tuning_ends_with_the_same_metrics(whole, config_file, tmp_path):
+    process = start(config_file, tmp_path, '--stages=finetune')
     folder = tmp_path / 'students' / 'edm' / 'finetune'
     wait_for_checkpoint(process, folder / 'checkpoints')
     process.send_signal(signal.SIGKILL)
@@ -373,13 +359,11 @@ def test_a_run_killed_while_fine_tuning_ends_with_the_same_metrics(
 
 
 @pytest.mark.slow
-def test_a_run_killed_again_and_again_ends_with_the_same_metrics(
-    whole, config_file, compiled, tmp_path
-):
+def test_a_run_killed_again_and_again_ends_with_the_same_metrics(whole, config_file, tmp_path):
     rng = np.random.default_rng(0)
     kills = 0
     for attempt in range(20):
-        process = start(config_file, tmp_path, compiled)
+        process = start(config_file, tmp_path)
         try:
             # Later attempts live longer, so that the last of them arrives.
             _, errors = process.communicate(timeout=rng.uniform(3, 12) * (1 + attempt / 4))
@@ -394,9 +378,9 @@ def test_a_run_killed_again_and_again_ends_with_the_same_metrics(
     assert metrics_of(tmp_path) == metrics_of(whole)
 
 
-def test_a_mistake_on_the_command_line_is_one_message_and_status_2(config_file, compiled, tmp_path):
+def test_a_mistake_on_the_command_line_is_one_message_and_status_2(config_file, tmp_path):
     process = start(
-        config_file, tmp_path, compiled, '--config.mesh.data=8', '--config.sample.batch_size=12',
+        config_file, tmp_path, '--config.mesh.data=8', '--config.sample.batch_size=12',
         '--config.students.edm.finetune.batch_size=8',
     )  # fmt: skip
     _, errors = process.communicate(timeout=240)

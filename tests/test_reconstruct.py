@@ -61,7 +61,7 @@ CONFIG = ReconstructConfig(
 TIMESTEPS = np.array([37, 13], np.int32)
 SPEC = LayerSpec(
     weight=QuantSpec(bits=3, symmetric=True, per_channel=True, observer='minmax'),
-    inputs=QuantSpec(bits=6, symmetric=False, observer='minmax'),
+    inputs=QuantSpec(bits=4, symmetric=False, observer='minmax'),
 )
 BLOCKS = ['conv_in', 'block_0', 'block_1', 'conv_out']
 

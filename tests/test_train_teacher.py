@@ -23,12 +23,6 @@ def data(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope='module', autouse=True)
-def compiled_once(tmp_path_factory):
-    with tiny.compilation_cache(tmp_path_factory.mktemp('compiled')):
-        yield
-
-
 def make_config(data, **changes):
     return config_lib.from_config_dict(
         {

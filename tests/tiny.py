@@ -3,14 +3,12 @@
 Weights are NumPy numbers: compiling an initialisation would take longer than most tests.
 """
 
-import contextlib
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jax.experimental.compilation_cache import compilation_cache as compilation_cache_lib
 from safetensors.numpy import save_file
 
 from dmq_jax import calibrate, denoisers, methods
@@ -37,19 +35,6 @@ SAMPLER = SamplerConfig(num_steps=3)
 CALIBRATE = CalibrateConfig(num_images=16, batch_size=8, values_per_tensor=32, sampler=SAMPLER)
 
 
-@contextlib.contextmanager
-def compilation_cache(folder):
-    """Within it, a program compiled once is read from `folder`, by other processes as well."""
-    jax.config.update('jax_compilation_cache_dir', str(folder))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
-    compilation_cache_lib.reset_cache()
-    try:
-        yield
-    finally:
-        jax.config.update('jax_compilation_cache_dir', None)
-        compilation_cache_lib.reset_cache()
-
-
 def random_like(shapes, seed=0, scale=0.3):
     """A tree of random numbers, exact in float16, in the shapes of a tree of `jax.eval_shape`."""
     rng = np.random.default_rng(seed)
@@ -61,12 +46,28 @@ def random_like(shapes, seed=0, scale=0.3):
     return jax.tree.map(draw, shapes)
 
 
+def random_denoiser(network, info=INFO, fill=random_like):
+    """A float network with the weights that `fill` makes of a tree of shapes."""
+    shapes = jax.eval_shape(
+        lambda key: denoisers.init_params(network, info, key), jax.random.key(0)
+    )
+    return float_denoiser(network, fill(shapes), info)
+
+
+def like_initial(shapes):
+    """Random weights of the size that an initialisation gives them; norms do nothing."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        numbers = rng.standard_normal(leaf.shape) / np.sqrt(max(1, np.prod(leaf.shape[:-1])))
+        return jnp.asarray(numbers + (path[-1].key == 'scale'), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
 @functools.cache
 def teacher():
-    shapes = jax.eval_shape(
-        lambda key: denoisers.init_params(NETWORK, INFO, key), jax.random.key(0)
-    )
-    return float_denoiser(NETWORK, random_like(shapes), INFO)
+    return random_denoiser(NETWORK)
 
 
 def observed():

@@ -19,11 +19,12 @@ OPTIONS = {
 def travel(teacher, folder, *, guidance_scale=1.0):
     """Everything a user does with a teacher, checked on the way; the images it ends at."""
     # Programs that run once or twice: nearly all the time is the compiler's.
+    before = jax.config.jax_disable_most_optimizations
     jax.config.update('jax_disable_most_optimizations', True)
     try:
         return _travel(teacher, folder, guidance_scale)
     finally:
-        jax.config.update('jax_disable_most_optimizations', False)
+        jax.config.update('jax_disable_most_optimizations', before)
 
 
 def _travel(teacher, folder, guidance_scale):

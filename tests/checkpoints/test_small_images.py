@@ -49,7 +49,8 @@ def test_an_upsampler_enlarges_the_small_images_of_a_file(tmp_path):
 @pytest.mark.slow
 def test_an_upsampler_goes_all_the_way(tmp_path):
     file, _ = small_images(tmp_path)
-    travel(upsampler(tmp_path, low_res=str(file)), tmp_path)
+    for images in travel(upsampler(tmp_path, low_res=str(file)), tmp_path):  # teacher, student
+        assert images.shape == (2, 8, 8, 3) and (images[0] != images[1]).any()
 
 
 @pytest.mark.parametrize(

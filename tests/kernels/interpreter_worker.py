@@ -2,7 +2,7 @@
 
 The interpreter is chosen when a kernel is decorated, so a process interprets every kernel or none.
 Requests come pickled on stdin: (module, kernel, operands, dtype and shape of the result, grid,
-constants); the result, or the text of an error, goes back on stdout.
+constants); the result, or the text of a kernel's error, goes back on stdout.
 """
 
 import importlib
@@ -13,6 +13,7 @@ import traceback
 
 import ml_dtypes
 import numpy as np
+from triton.runtime.errors import InterpreterError
 
 DTYPES = {
     'float16': 'fp16', 'bfloat16': 'bf16', 'float32': 'fp32', 'int8': 'i8', 'int32': 'i32',
@@ -72,7 +73,7 @@ def main():
             return
         try:
             answer = interpret(*request)
-        except Exception:
+        except InterpreterError:  # whatever a kernel raises
             answer = traceback.format_exc()
         pickle.dump(answer, answers)
         answers.flush()

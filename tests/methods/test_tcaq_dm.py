@@ -17,12 +17,11 @@ from dmq_jax.config import (
     SamplerConfig,
     TCAQDMConfig,
 )
-from dmq_jax.diffusion.schedule import Schedule
 from dmq_jax.methods import base, channel_factors
 from dmq_jax.models.tap import Product
-from dmq_jax.quant.layers import collect_stats, observe_inputs
 from dmq_jax.quant.plan import LayerSpec, full_rules, make_plan
 from dmq_jax.quant.tensor import QuantSpec
+from tests import tiny, tiny_blocks
 
 
 class Block(nn.Module):
@@ -49,12 +48,6 @@ class Network(nn.Module):
         return nn.Conv(1, (3, 3), name='conv_out')(h)
 
 
-INFO = denoisers.DenoiserInfo(
-    schedule=Schedule(kind='linear', num_train_timesteps=50, beta_start=1e-3, beta_end=0.1),
-    prediction='eps',
-    image_shape=(6, 6, 1),
-    num_classes=None,
-)
 SAMPLER = SamplerConfig(num_steps=4)
 CONFIG = ReconstructConfig(
     num_iterations=60, batch_size=16, num_timesteps=4, num_images=32, sampler=SAMPLER,
@@ -72,9 +65,7 @@ METHOD = TCAQDMConfig(
 
 @pytest.fixture(scope='module')
 def teacher():
-    network = Network()
-    params = jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 6, 6, 1)), jnp.zeros(()))
-    return denoisers.float_denoiser(network, params['params'], INFO)
+    return tiny.random_denoiser(Network(), tiny_blocks.INFO, tiny.like_initial)
 
 
 @pytest.fixture(scope='module')
@@ -89,18 +80,12 @@ def inputs(teacher):
 
 @pytest.fixture(scope='module')
 def timesteps(inputs):
-    return np.unique(np.asarray(inputs.t))[::-1].astype(np.int32)
+    return tiny_blocks.visited(inputs)
 
 
 @pytest.fixture(scope='module')
-def stats(teacher, plan, inputs, timesteps):
-    def visit(_, moment):
-        with observe_inputs(plan, 64, channels=True):
-            _, found = teacher.network.apply({'params': teacher.params}, *moment, mutable=['stats'])
-        return None, collect_stats(plan, found['stats'])
-
-    moments = inputs.x.reshape(4, 32, 6, 6, 1), jnp.asarray(timesteps)
-    return jax.jit(lambda moments: jax.lax.scan(visit, None, moments)[1])(moments)
+def stats(teacher, plan, inputs):
+    return tiny_blocks.observe(teacher, plan, inputs, channels=True)
 
 
 @pytest.fixture(scope='module')
