@@ -233,8 +233,8 @@ class QuantConfig:
     # layers fed with a tensor and a skip beside it quantize the two parts of input and kernel
     # separately (Q-Diffusion)
     split_shortcuts: bool = False
-    # 2..8: width of what attention multiplies the values by, unsigned with zero point 0 (the
-    # papers' 8); None: as other activations
+    # 2..8 or 16: width of what attention multiplies the values by, unsigned with zero point 0
+    # (Q-Diffusion: 8, and 16 for Stable Diffusion); None: as other activations
     softmax_bits: int | None = None
 
     def __post_init__(self):
@@ -243,8 +243,8 @@ class QuantConfig:
         _check_bits('activation_bits', self.activation_bits)
         _check(50 < self.percentile <= 100, f'percentile={self.percentile}: expected 50..100.')
         if self.softmax_bits is not None:
-            valid = 2 <= self.softmax_bits <= 8
-            _check(valid, f'softmax_bits={self.softmax_bits}: expected 2..8, or None.')
+            valid = 2 <= self.softmax_bits <= 8 or self.softmax_bits == 16
+            _check(valid, f'softmax_bits={self.softmax_bits}: expected 2..8, 16, or None.')
         if self.weight_group_size is not None:
             _check_at_least(self, 1, 'weight_group_size')
         _check(

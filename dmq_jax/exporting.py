@@ -205,8 +205,10 @@ def _tensors(exported: Exported) -> dict[str, np.ndarray]:
     for path, roles in exported.tables.items():
         for role, table in roles.items():
             for name, entry in table.items():
-                # Codes of up to 8 bits: a byte holds every zero point.
-                kept = np.uint8 if name == 'zero_point' else np.float32
+                # Codes of up to 8 bits: a byte holds every zero point; of 16 bits, two.
+                bits = exported.plan[path].activation(role).bits
+                whole = np.uint8 if bits <= 8 else np.uint16
+                kept = whole if name == 'zero_point' else np.float32
                 tensors[f'tables/{path}/{role}/{name}'] = np.asarray(entry).astype(kept)
     if exported.channel_timesteps is not None:
         tensors['channel_timesteps'] = np.asarray(exported.channel_timesteps, np.float32)

@@ -26,6 +26,7 @@ from kernels.int_conv.api import int_conv
 from kernels.int_matmul import api as int_matmul_api
 from kernels.int_matmul.api import int_matmul
 
+WIDE = 16  # bits of the only codes that int8 does not carry, those of a softmax
 NIBBLE = 4  # bits of the widest codes that are stored two to a byte
 
 
@@ -63,6 +64,8 @@ def integer_product(
     """A product of two activations on integers, zero points taken out of the sum exactly."""
     if 'powers' in lhs_rows or 'roots' in lhs_rows:
         return _product_of_powers(lhs, rhs, lhs_rows, rhs_rows, lhs_spec, rhs_spec)
+    if lhs_spec.bits == WIDE:
+        return _product_of_wide(lhs, rhs, lhs_rows, rhs_rows, lhs_spec, rhs_spec)
     a, a_zero = carry_codes(lhs, lhs_rows, lhs_spec)
     b, b_zero = carry_codes(rhs, rhs_rows, rhs_spec)
     bounds = {'x_max': _largest(lhs_spec), 'w_max': _largest(rhs_spec)}
@@ -113,21 +116,37 @@ def _product_of_powers(lhs, rhs, lhs_rows, rhs_rows, lhs_spec, rhs_spec):
     return (total * scale).astype(lhs.dtype)
 
 
+def _product_of_wide(lhs, rhs, lhs_rows, rhs_rows, lhs_spec, rhs_spec):
+    """`integer_product` of unsigned 16-bit codes: two int8 products, one for each byte."""
+    scale, zero_point = (per_image(lhs_rows[name], lhs.ndim) for name in ('scale', 'zero_point'))
+    w = numerics.quantize(lhs.astype(jnp.float32), scale, zero_point, *lhs_spec.grid)
+    codes, zero = carry_codes(rhs, rhs_rows, rhs_spec)
+    total = _digit_products(w.astype(jnp.int32), (codes, zero), _largest(rhs_spec), lhs_spec.bits)
+    # What the zero point adds, which is 0 unless a method has learnt another.
+    sums = jnp.sum(codes.astype(jnp.int32), axis=-1)[..., None, :]
+    if zero is not None:
+        sums = sums - codes.shape[-1] * per_image(zero, sums.ndim)
+    total = total - jnp.round(zero_point) * sums.astype(jnp.float32)
+    unit = per_image(lhs_rows['scale'] * rhs_rows['scale'], total.ndim)
+    return (total * unit).astype(lhs.dtype)
+
+
 def _digit_products(w, carried, rhs_max, num_bits):
     """W times the codes of an operand, minus its zero point, for integers 0 <= w < 2^num_bits.
 
-    The digits of w to the base 128 are int8, so that a few int8 products give the sum exactly,
-    whichever grid is in use at a timestep.
+    The bytes of w, shifted into int8, are the operands of a few int8 products, whose sums are
+    exact, whichever grid is in use at a timestep.
     """
     codes, zero = carried
+    code_sums = jnp.sum(codes.astype(jnp.int32), axis=-1)[..., None, :]
     total = 0.0
-    for digit in range(-(-num_bits // 7)):
-        a = (jnp.right_shift(w, 7 * digit) & 127).astype(jnp.int8)
-        acc = int_matmul(a, codes, x_max=127, w_max=rhs_max)
+    for index in range(-(-num_bits // 8)):
+        digit = jnp.right_shift(w, 8 * index) & 255
+        acc = int_matmul((digit - 128).astype(jnp.int8), codes, x_max=255, w_max=rhs_max)
+        acc = acc + 128 * code_sums
         if zero is not None:
-            sums = jnp.sum(a.astype(jnp.int32), axis=-1)[..., :, None]
-            acc = acc - per_image(zero, acc.ndim) * sums
-        total = total + acc.astype(jnp.float32) * 2.0 ** (7 * digit)
+            acc = acc - per_image(zero, acc.ndim) * jnp.sum(digit, axis=-1)[..., :, None]
+        total = total + acc.astype(jnp.float32) * 2.0 ** (8 * index)
     return total
 
 
