@@ -8,6 +8,7 @@ the product wherever one scale per output serves the whole sum.
 
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -196,12 +197,18 @@ def straight_through_layer(
 
     Its value is that of integer mode where that is faster than float (`products`), its gradients
     those of the product of the real values that the codes stand for. `channels` and `part` as in
-    `integer_layer`.
+    `integer_layer`. Codes of an integer dtype are those of `integer_weight` and stand still: they
+    have no gradient, and no float copy of them waits for the backward pass.
 
     Raises:
       NotImplementedError: see `integer_layer`.
     """
     geometry = None if isinstance(module, nn.Dense) else conv_geometry(module, x.shape)
+    scaled = scale_channels(x.astype(jnp.float32), channels, 'input')
+    if jnp.issubdtype(weight['codes'].dtype, jnp.integer):
+        y = _frozen_product(module, geometry, scaled, rows, dict(weight), spec)
+        y = scale_channels(y, channels, 'output')
+        return _with_bias(module, y, part).astype(module.dtype or x.dtype)
 
     # A checkpoint for each layer: only `x` and the codes wait for the backward pass, and what is
     # repeated there is repeated when this layer's turn comes, one layer at a time.
@@ -223,9 +230,58 @@ def straight_through_layer(
             value = _accumulate(module, *jax.lax.stop_gradient((x, rows, entry)), spec)
         return products.with_float_gradients(geometry, x_hat, kernel, jax.lax.stop_gradient(value))
 
-    scaled = scale_channels(x.astype(jnp.float32), channels, 'input')
     y = scale_channels(multiply(scaled, rows, dict(weight)), channels, 'output')
     return _with_bias(module, y, part).astype(module.dtype or x.dtype)
+
+
+class _Frozen(NamedTuple):
+    """What a product of integers that stand still is, besides its operands."""
+
+    geometry: products.Geometry
+    kernel_size: tuple[int, ...]
+    spec: QuantSpec
+    x_shape: tuple[int, ...]
+
+    def kernel(self, weight: Mapping[str, Array], after: Array) -> Array:
+        """The real kernel, once `after` is there."""
+        weight = {**weight, 'codes': _ordered(after, weight['codes'])}
+        return _real_kernel(weight, self.spec, self.x_shape[-1], self.kernel_size)
+
+
+def _frozen_product(module, geometry, x, rows, weight, spec):
+    """The product with the integers of an entry of `integer_weight`."""
+    frozen = _Frozen(geometry, _kernel_size(module), spec.weight, x.shape)
+    x_hat = x if rows is None else fake_quantize_input(x, rows, spec.inputs)
+    if rows is None or 'gate' in rows or not products.integers_are_faster():
+        kernel = frozen.kernel(weight, x_hat)
+        value = products.product(jax.lax.stop_gradient(x_hat), kernel, geometry)
+    else:
+        value = _accumulate(module, *jax.lax.stop_gradient((x, rows)), weight, spec)
+    return _with_input_gradient(frozen, x_hat, weight, value)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_input_gradient(frozen, x, weight, value):
+    """`value`, made otherwise, with the gradient for `x` of its product with the integers."""
+    del frozen, x, weight
+    return value
+
+
+def _keep_integers(frozen, x, weight, value):
+    del frozen, x
+    return value, weight
+
+
+def _to_input(frozen, weight, g):
+    kernel = frozen.kernel(weight, g)
+    shape = jax.ShapeDtypeStruct(frozen.x_shape, g.dtype)
+    transposed = jax.linear_transpose(
+        lambda x: products.product(x, kernel, frozen.geometry), shape
+    )  # fmt: skip
+    return *transposed(g), None, None
+
+
+_with_input_gradient.defvjp(_keep_integers, _to_input)
 
 
 def scaled_layer(
@@ -403,11 +459,15 @@ def _after(x: Array, codes: Array) -> Array:
     schedules, so the order is a dependency that it cannot see through: on NaN, which no integer
     represents anyway. Not on several devices, which would have to tell one another of it.
     """
-    is_alone = jax.default_backend() == 'cpu' and jax.device_count() == 1
-    if codes.dtype != jnp.uint8 or not is_alone:
+    return _ordered(x, codes) if codes.dtype == jnp.uint8 else codes
+
+
+def _ordered(x: Array, codes: Array) -> Array:
+    """`codes`, not before `x` is there; see `_after`."""
+    if jax.default_backend() != 'cpu' or jax.device_count() > 1:
         return codes
     first = x[(0,) * x.ndim]
-    return codes ^ (first != first).astype(jnp.uint8)
+    return codes ^ (first != first).astype(codes.dtype)
 
 
 def _takes_nibbles(x_shape, w_shape, spec, geometry):
@@ -430,12 +490,7 @@ def _half_quantized(module, x, rows, weight, spec, part):
     if weight is None:
         kernel = _kernel(module, part)
     else:
-        codes = _int8_codes(weight, spec.weight, x.shape[-1], _kernel_size(module))
-        codes = jnp.moveaxis(codes, 0, -1).astype(jnp.float32)
-        zero_point = jnp.zeros(())
-        if _keeps_zero_point(spec.weight):
-            zero_point = expand(weight['zero_point'].astype(jnp.float32), codes.shape)
-        kernel = numerics.dequantize(codes, expand(weight['scale'], codes.shape), zero_point)
+        kernel = _real_kernel(weight, spec.weight, x.shape[-1], _kernel_size(module))
     x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
     if isinstance(module, nn.Dense):
         return x @ kernel
@@ -443,6 +498,16 @@ def _half_quantized(module, x, rows, weight, spec, part):
     return jax.lax.conv_general_dilated(
         x, kernel, strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
+
+
+def _real_kernel(weight, spec, channels, kernel_size):
+    """The float kernel that an entry of `integer_weight` stands for."""
+    codes = _int8_codes(weight, spec, channels, kernel_size)
+    codes = jnp.moveaxis(codes, 0, -1).astype(jnp.float32)
+    zero_point = jnp.zeros(())
+    if _keeps_zero_point(spec):
+        zero_point = expand(weight['zero_point'].astype(jnp.float32), codes.shape)
+    return numerics.dequantize(codes, expand(weight['scale'], codes.shape), zero_point)
 
 
 def _accumulate(module, x, rows, weight, spec):
