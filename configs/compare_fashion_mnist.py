@@ -5,12 +5,13 @@
 
 `reduced`, the default: W4A8 with coverage `full` and W4A4 with `paper`, 500 images, half a minute
 of learning for each. `full`: W8A8, W4A8, W4A4, W2A8 with both coverages, 1,000 images, learning
-ten times as long. TuneQDM is not among them: it learns from images of the user, not bundled;
-see `configs/tuneqdm_fashion_mnist_w4a8.py`.
+ten times as long. What learns from a user's images, PEQA, TuneQDM and QLoRA, learns from images of
+the teacher here, so that no data is needed.
 """
 
 from dmq_jax.config import base, student, with_sampler
 
+_OPTIONS = 'reconstruct', 'finetune', 'adapt', 'title'
 SETTINGS = {
     'reduced': ('w4a8_full', 'w4a4_paper'),
     'full': tuple(
@@ -27,6 +28,7 @@ def cells(size: str):
     learning = {'rounding_learning_rate': 2e-2}
     blocks = {'num_iterations': 100 * times, 'num_timesteps': 10, 'num_images': 64}
     tuned = {'num_iterations': 150 * times}
+    adapt = {'num_iterations': 150 * times, 'images': 'teacher', 'num_images': 256 * times}
     return {
         'rtn_static': {'quant': {'per_timestep': False}},
         'rtn': {},
@@ -45,8 +47,15 @@ def cells(size: str):
         'efficientdm': {'method': 'efficientdm', 'finetune': tuned},
         'efficientdm_factors': {
             'method': {'name': 'efficientdm', 'channels': {'strength': 0.5}}, 'finetune': tuned,
+            'title': 'EfficientDM, channel factors',
         },
         'lsq': {'method': 'lsq', 'finetune': tuned},
+        'peqa': {
+            'method': {'name': 'tuneqdm', 'scales': 'output', 'num_experts': 1}, 'adapt': adapt,
+            'title': 'PEQA',
+        },
+        'tuneqdm': {'method': 'tuneqdm', 'adapt': adapt},
+        'qlora': {'method': 'qlora', 'adapt': adapt},
     }  # fmt: skip
 
 
@@ -63,7 +72,7 @@ def get_config(size: str = 'reduced'):
         widths = {'weight_bits': int(bits[1]), 'activation_bits': int(bits[3])}
         for name, options in cells(size).items():
             quant = widths | {'coverage': coverage} | options.get('quant', {})
-            rest = {key: options[key] for key in ('reconstruct', 'finetune') if key in options}
+            rest = {key: options[key] for key in _OPTIONS if key in options}
             students[f'{name}_{setting}'] = student(
                 options.get('method', 'round_to_nearest'), quant=quant, **rest
             )

@@ -1,11 +1,12 @@
-"""Fashion-MNIST at W4A8, tuned on images by scales alone: PEQA, and TuneQDM with 2 experts.
+"""Fashion-MNIST at W4A8, tuned on images: PEQA, TuneQDM with 2 experts, QLoRA, and all in float.
 
     CONFIG=configs/tuneqdm_fashion_mnist_w4a8.py:FOLDER
     python -m dmq_jax.main --config=$CONFIG --workdir=runs/tuneqdm
 
 FOLDER holds the user's images, in one subfolder per class or all of class 0; it may be an .npz as
-well, such as the one that `configs/prepare_fashion_mnist.py` writes. Every layer is quantized, as
-in the paper, whose activations stay in float: `--config.students.tuneqdm.quant.activation_bits=32`.
+well, such as the one that `configs/prepare_fashion_mnist.py` writes, or `teacher`: images that the
+teacher draws. Every layer is quantized, as in the paper, whose activations stay in float:
+`--config.students.tuneqdm.quant.activation_bits=32`.
 """
 
 from dmq_jax.config import base, student, with_sampler
@@ -22,5 +23,9 @@ def get_config(images: str = 'data/fashion_mnist.npz'):
             {'name': 'tuneqdm', 'scales': 'output', 'num_experts': 1}, quant=quant, adapt=adapt
         ),
         'tuneqdm': student('tuneqdm', quant=quant, adapt=adapt),
+        'qlora': student('qlora', quant=quant, adapt=adapt),
+        'full': student(
+            'full_finetuning', quant={'weight_bits': 32, 'activation_bits': 32}, adapt=adapt
+        ),
     }
     return with_sampler(config, eta=1.0)

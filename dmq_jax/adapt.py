@@ -2,9 +2,11 @@
 
 How a quantized model is made to draw a new subject or style (TuneQDM, arXiv:2401.04339): the loss
 is that of the network's own training (arXiv:2006.11239, eq. 14), at timesteps drawn for each image
-by itself, and only the state of the student's method is learnt.
+by itself, and only the state of the student's method is learnt. Where its integers stand still
+(`Method.beside`), they are packed once, and the step knows no float kernel.
 """
 
+import contextlib
 import functools
 import time
 from collections.abc import Callable
@@ -21,9 +23,17 @@ from dmq_jax import denoisers
 from dmq_jax.config import AdaptConfig
 from dmq_jax.diffusion import samplers
 from dmq_jax.diffusion.schedule import alphas_cumprod
-from dmq_jax.methods.base import Method, Prediction, State
+from dmq_jax.methods.base import (
+    Method,
+    Prediction,
+    State,
+    WeightCodes,
+    freeze,
+    without_kernels,
+)
+from dmq_jax.quant.layers import recomputed
 from dmq_jax.quant.plan import Plan
-from dmq_jax.runtime import hosts, log, mesh
+from dmq_jax.runtime import hosts, log, mesh, programs
 from dmq_jax.runtime.checkpoint import Checkpoints
 from dmq_jax.runtime.progress import progress
 
@@ -38,11 +48,41 @@ class TrainState(NamedTuple):
     step: Int[Array, '']
 
 
+class Constants(NamedTuple):
+    """What a step reads and never changes.
+
+    Attributes:
+      params: of the float network; without the kernels that `weights` holds.
+      weights: integers that stand still; None: the method makes them anew from `params`.
+    """
+
+    params: PyTree
+    weights: dict[str, WeightCodes] | None
+
+
 class Adapted(NamedTuple):
-    """The result: the method's state, and what it took."""
+    """The result: the method's state, and what it took: seconds, and megabytes where measured."""
 
     state: State
     duration_s: float
+    memory_mb: float | None = None
+
+
+def make_constants(
+    teacher: denoisers.Denoiser, method: Method, state: State, plan: Plan
+) -> Constants:
+    """The constants of every step that starts from `state`.
+
+    Args:
+      teacher: the float network.
+      method: of `state`.
+      state: from `method.init`, or learnt before.
+      plan: what is quantized.
+    """
+    if method.beside is None:
+        return Constants(teacher.params, None)
+    weights = freeze(method, plan, teacher.params, state)
+    return Constants(without_kernels(teacher.params, weights), weights)
 
 
 def make_loss(
@@ -52,8 +92,9 @@ def make_loss(
     timesteps: Int[np.ndarray, 'S'],
     lookup: str,
     label_dropout: float,
+    remat: str,
 ) -> Callable[..., Float[Array, '']]:
-    """(state, params, images, labels, key) -> denoising loss; differentiable in the state.
+    """(state, constants, images, labels, key) -> denoising loss; differentiable in the state.
 
     Args:
       teacher: network, schedule, classes.
@@ -62,12 +103,19 @@ def make_loss(
       timesteps: of the rows of the state's tables.
       lookup: how a row is found for other timesteps.
       label_dropout: share of labels replaced by the null class.
+      remat: regular expression over paths of modules; what is computed in them is computed again
+        in the backward pass. '': nothing is.
     """
     info = teacher.info
     student = denoisers.QuantizedPredict(teacher.network, tuple(plan.items()), lookup, 'fake')
     predict = denoisers.guided(student, info, 1.0)
 
-    def loss(state, params, images, labels, key):
+    def bind(state, constants):
+        if constants.weights is None:
+            return method.bind(constants.params, state)
+        return method.beside(state)._replace(weights=constants.weights)
+
+    def loss(state, constants, images, labels, key):
         time_key, noise_key, label_key = jax.random.split(key, 3)
         batch = images.shape[0]
         t = jax.random.randint(time_key, (batch,), 0, info.schedule.num_train_timesteps)
@@ -80,10 +128,49 @@ def make_loss(
         target = noise
         if info.prediction == 'v':
             target = samplers.velocity_target(images, noise, alpha_cumprod)
-        bound = denoisers.training_params(params, method.bind(params, state), timesteps)
-        return method.loss(Prediction(predict(bound, x_t, t, labels)), Prediction(target))
+        bound = bind(state, constants)
+        bound = denoisers.training_params(constants.params, bound, timesteps)
+        # Entered first, so that what the student does to its layers is done again as well.
+        with recomputed(remat) if remat else contextlib.nullcontext():
+            output = predict(bound, x_t, t, labels)
+        return method.loss(Prediction(output), Prediction(target))
 
     return loss
+
+
+def make_train_step(
+    loss: Callable[..., Float[Array, '']],
+    optimizer: optax.GradientTransformation,
+    batch_size: int,
+    key: Key[Array, ''],
+    device_mesh: mesh.Mesh,
+) -> Callable[..., tuple[TrainState, Float[Array, '']]]:
+    """The step, to be compiled: (train state, constants, images, labels) -> (train state, loss).
+
+    Args:
+      loss: from `make_loss`.
+      optimizer: of the method.
+      batch_size: images drawn from `images` for a step.
+      key: root key of batches, timesteps and noise.
+      device_mesh: splits every batch.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=programs.step_options())
+    def train_step(train, constants, pixels, labels):
+        step_key = jax.random.fold_in(key, train.step)
+        indices = jax.random.randint(step_key, (batch_size,), 0, pixels.shape[0])
+        batch = pixels[indices], None if labels is None else labels[indices]
+        batch = mesh.constrain(batch, mesh.shardings(device_mesh, batch, _BATCH_RULES))
+        constants = mesh.whole(device_mesh, constants)
+        value, gradients = jax.value_and_grad(loss)(
+            train.state, constants, *batch, jax.random.fold_in(step_key, 1)
+        )
+        # optax raises a float to its int32 step count, which strict promotion forbids.
+        with jax.numpy_dtype_promotion('standard'):
+            updates, moments = optimizer.update(gradients, train.optimizer, train.state)
+        return TrainState(optax.apply_updates(train.state, updates), moments, train.step + 1), value
+
+    return train_step
 
 
 def run(
@@ -131,25 +218,12 @@ def run(
             "adapt: this method's loss compares features with the teacher's; choose loss='output'."
         )
     dropout = config.label_dropout if labels is not None else 0.0
-    loss = make_loss(teacher, method, plan, timesteps, lookup, dropout)
+    loss = make_loss(teacher, method, plan, timesteps, lookup, dropout, config.remat)
     optimizer = method.optimizer(state, _cosine(config.num_iterations))
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def train_step(train, params, pixels, labels):
-        step_key = jax.random.fold_in(key, train.step)
-        indices = jax.random.randint(step_key, (config.batch_size,), 0, pixels.shape[0])
-        batch = pixels[indices], None if labels is None else labels[indices]
-        batch = mesh.constrain(batch, mesh.shardings(device_mesh, batch, _BATCH_RULES))
-        params = mesh.whole(device_mesh, params)
-        value, gradients = jax.value_and_grad(loss)(
-            train.state, params, *batch, jax.random.fold_in(step_key, 1)
-        )
-        # optax raises a float to its int32 step count, which strict promotion forbids.
-        with jax.numpy_dtype_promotion('standard'):
-            updates, moments = optimizer.update(gradients, train.optimizer, train.state)
-        return TrainState(optax.apply_updates(train.state, updates), moments, train.step + 1), value
-
-    params = mesh.shard_weights(device_mesh, teacher.params)
+    train_step = make_train_step(loss, optimizer, config.batch_size, key, device_mesh)
+    constants = make_constants(teacher, method, state, plan)
+    constants = mesh.shard_weights(device_mesh, constants)
     images, labels = mesh.replicate(device_mesh, (images, labels))
     train = TrainState(state, optimizer.init(state), jnp.zeros((), jnp.int32))
     # A copy: the step donates its state, and moments may be one array of zeros.
@@ -161,7 +235,7 @@ def run(
             train, spent_s = restored[0], float(restored[1])
         bar = progress(config.num_iterations, description, start=int(train.step))
         for step in bar:
-            train, value = train_step(train, params, images, labels)
+            train, value = train_step(train, constants, images, labels)
             losses.append(value)
             done = step + 1
             is_stopped = done < config.num_iterations and hosts.stop_requested()

@@ -1,6 +1,7 @@
 """Speed and memory of fine-tuning and sampling: `python -m dmq_jax.bench [--model=cifar10]`.
 
-With `--network=NAME` it is one network of `network_bench` at its real size, beside diffusers'.
+With `--network=NAME` it is one network of `network_bench` at its real size, beside diffusers'; with
+`--methods=all`, or some of `method_bench.CASES`, what each method costs.
 
 Five rows: the teacher's forward pass, which is one float step of a sampler; one fine-tuning step
 (EfficientDM: teacher forward, student forward and backward, update); one integer step; sampling in
@@ -20,6 +21,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -35,6 +37,7 @@ from dmq_jax import (
     denoisers,
     exporting,
     finetune,
+    method_bench,
     methods,
     network_bench,
     networks,
@@ -51,14 +54,12 @@ from dmq_jax.config import (
 from dmq_jax.diffusion import samplers
 from dmq_jax.diffusion.schedule import Schedule
 from dmq_jax.models.ddpm_unet import DDPMUNet
-from dmq_jax.network_bench import MEGABYTE, peak_rss_mb
-from dmq_jax.quant.observers import TensorStats
-from dmq_jax.quant.plan import INPUT_ROLES
 from dmq_jax.runtime import log
+from dmq_jax.runtime import programs as programs_lib
+from dmq_jax.runtime.memory import MEGABYTE, peak_rss_mb
 
 MODELS = ('cifar10', 'bundled', 'sd15')
 ROWS = ('teacher', 'finetune', 'step_integer', 'sample_float', 'sample_integer')
-TABLE_STEPS = 20  # rows of the made-up tables of scales
 
 _MODEL = flags.DEFINE_enum(
     'model', 'cifar10', MODELS, 'U-Net of CIFAR-10 or of Stable Diffusion, random, or our teacher.'
@@ -72,6 +73,9 @@ _ROWS = flags.DEFINE_list('rows', list(ROWS), f'Which of {", ".join(ROWS)}.')
 _JSON = flags.DEFINE_string('json', None, 'File that receives the same numbers.')
 _NETWORK = flags.DEFINE_enum(
     'network', None, list(network_bench.CASES), 'Measure this network alone, at its real size.'
+)
+_METHODS = flags.DEFINE_list(
+    'methods', None, f'Measure these instead: all, or some of {", ".join(method_bench.CASES)}.'
 )
 _DTYPE = flags.DEFINE_enum(
     'dtype', 'float32', ['float32', 'bfloat16'],
@@ -188,13 +192,6 @@ def stored_as(params: PyTree, dtype: str) -> PyTree:
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.ndim > 1 else leaf, params)
 
 
-def made_up_stats(plan: Mapping[str, Any], layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Statistics of every quantized input as if all values lay in [-2, 4]."""
-    low, high = np.full(TABLE_STEPS, -2, np.float32), np.full(TABLE_STEPS, 4, np.float32)
-    stats = TensorStats(low, high, np.stack([low, high], axis=-1))
-    return {path: dict.fromkeys(INPUT_ROLES[layers[path].kind], stats) for path in plan}
-
-
 def make_programs(
     teacher: denoisers.Denoiser, config: BenchConfig, rows: tuple[str, ...]
 ) -> dict[str, Program]:
@@ -207,7 +204,7 @@ def make_programs(
     )  # fmt: skip
     layers = denoisers.quantizable(teacher)
     plan = denoisers.make_plan(layers, quant, teacher.network)
-    timesteps = np.linspace(990, 0, TABLE_STEPS).astype(np.int32)
+    timesteps = np.linspace(990, 0, method_bench.TABLE_STEPS).astype(np.int32)
     key = jax.random.key(0)
     float_teacher = teacher._replace(params=stored_as(teacher.params, config.dtype))
     keys = jax.random.split(key, config.batch_size)
@@ -238,7 +235,9 @@ def make_programs(
 
     def begin(options):
         method = methods.make(options, plan)
-        return method, jax.jit(method.init)(teacher.params, made_up_stats(plan, layers), key)
+        return method, jax.jit(method.init)(
+            teacher.params, method_bench.made_up_stats(plan, layers), key
+        )
 
     def finetuning():
         method, state = begin(EfficientDMConfig())
@@ -294,10 +293,6 @@ def measure(programs: Mapping[str, Program], config: BenchConfig) -> dict[str, R
                 seconds[name].append(spent)
     result = {}
     for name, program in programs.items():
-        memory = program.compiled.memory_analysis()
-        size = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-        # Donated arguments lie in the same memory as the results.
-        size += memory.output_size_in_bytes - memory.alias_size_in_bytes
         median = statistics.median(seconds[name])
         ratios = [s / t for s, t in zip(seconds[name], seconds['teacher'], strict=True)]
         result[name] = Row(
@@ -306,7 +301,7 @@ def measure(programs: Mapping[str, Program], config: BenchConfig) -> dict[str, R
             ratio=statistics.median(ratios),
             images_per_second=config.batch_size / median,
             compile_s=program.compile_s,
-            program_mb=size / MEGABYTE,
+            program_mb=programs_lib.peak_bytes(program.compiled) / MEGABYTE,
             peak_rss_mb=None,
         )
     return result
@@ -376,7 +371,46 @@ def _measure_network(name: str) -> None:
         Path(_JSON.value).write_text(json.dumps(result, indent=2) + '\n')
 
 
+def measure_methods(names: list[str], config: method_bench.BenchConfig) -> dict[str, Any]:
+    """The costs of some methods, by name; of more than one, each in a process of its own."""
+    if len(names) == 1:
+        load = functools.partial(load_model, _MODEL.value)
+        row = method_bench.measure(load, method_bench.CASES[names[0]], config)
+        return {names[0]: row}
+    rows = {}
+    for name in names:
+        print(f'{name} ...', file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / 'row.json'
+            command = [sys.executable, '-m', 'dmq_jax.bench', f'--methods={name}']
+            command += [f'--model={_MODEL.value}', f'--batch_size={config.batch_size}']
+            command += [f'--num_rounds={config.num_rounds}', f'--json={file}']
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ)
+            rows[name] = method_bench.Row(**json.loads(file.read_text())['methods'][name])
+    return rows
+
+
+def _measure_methods(names: list[str]) -> None:
+    known = list(method_bench.CASES)
+    names = known if names == ['all'] else names
+    if not names or not set(names) <= set(known):
+        raise app.UsageError(f'--methods={names}: expected all, or some of {", ".join(known)}.')
+    config = method_bench.BenchConfig(
+        batch_size=_BATCH_SIZE.value or 8, num_rounds=_NUM_ROUNDS.value
+    )
+    rows = measure_methods(names, config)
+    print('\n'.join([f'{_MODEL.value}, batch {config.batch_size}', *method_bench.table(rows)]))
+    if _JSON.value:
+        result = {
+            'model': _MODEL.value, **dataclasses.asdict(config),
+            'methods': {name: row._asdict() for name, row in rows.items()}, **circumstances(),
+        }  # fmt: skip
+        Path(_JSON.value).write_text(json.dumps(result, indent=2) + '\n')
+
+
 def _main(arguments: list[str]) -> None:
+    if _METHODS.value:
+        return _measure_methods(_METHODS.value)
     if _NETWORK.value:
         return _measure_network(_NETWORK.value)
     if arguments[1:] or not set(_ROWS.value) <= set(ROWS):

@@ -10,6 +10,7 @@ devices, and over all hosts of a cluster, as in a run.
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dmq_jax import artefacts, command_line, evaluate, pipeline
 from dmq_jax import config as config_lib
 from dmq_jax.config import Config
 from dmq_jax.reporting import comparison
-from dmq_jax.runtime import hosts, log
+from dmq_jax.runtime import hosts, log, memory
 from dmq_jax.runtime.progress import progress
 
 
@@ -56,12 +57,41 @@ def make_cell(
 ) -> dict[str, Any]:
     """The row of one network, made with all that it stands on if it is not there.
 
+    It tells besides what that took, over all attempts that ended with it or with an error:
+    `cell_seconds`, and `peak_mb`, the most memory (`runtime.memory`). The calibration is part of
+    the first cell that needs it, the teacher's images of none.
+
     Args:
       context: of the comparison.
       reference: what the images are compared with.
       name: of the network.
       teacher: images of the teacher, from `pipeline.samples`.
     """
+    folder = context.workdir / 'cells'
+    costs = folder / f'{name}.costs.json'
+    is_there = hosts.by_first(lambda: artefacts.is_complete(folder / name))
+    if is_there:
+        return _row(context, reference, name, teacher) | _read_costs(costs)
+    began = time.monotonic()
+    try:
+        with memory.watched() as peak:
+            row = _row(context, reference, name, teacher)
+    finally:
+        spent = _read_costs(costs)
+        spent = {
+            'cell_seconds': spent.get('cell_seconds', 0) + time.monotonic() - began,
+            'peak_mb': max(spent.get('peak_mb', 0), peak.mb),
+        }
+        if hosts.is_first():
+            log.write_json(costs, spent)
+    return row | spent
+
+
+def _read_costs(file: Path) -> dict[str, float]:
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def _row(context, reference, name, teacher):
     drawn = teacher if name == pipeline.TEACHER else pipeline.samples(context, name)
     folder = context.workdir / 'samples'
     options = {

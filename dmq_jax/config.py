@@ -233,8 +233,8 @@ class QuantConfig:
     # layers fed with a tensor and a skip beside it quantize the two parts of input and kernel
     # separately (Q-Diffusion)
     split_shortcuts: bool = False
-    # 2..8: width of what attention multiplies the values by, unsigned with zero point 0 (the
-    # papers' 8); None: as other activations
+    # 2..8 or 16: width of what attention multiplies the values by, unsigned with zero point 0
+    # (Q-Diffusion: 8, and 16 for Stable Diffusion); None: as other activations
     softmax_bits: int | None = None
 
     def __post_init__(self):
@@ -243,8 +243,8 @@ class QuantConfig:
         _check_bits('activation_bits', self.activation_bits)
         _check(50 < self.percentile <= 100, f'percentile={self.percentile}: expected 50..100.')
         if self.softmax_bits is not None:
-            valid = 2 <= self.softmax_bits <= 8
-            _check(valid, f'softmax_bits={self.softmax_bits}: expected 2..8, or None.')
+            valid = 2 <= self.softmax_bits <= 8 or self.softmax_bits == 16
+            _check(valid, f'softmax_bits={self.softmax_bits}: expected 2..8, 16, or None.')
         if self.weight_group_size is not None:
             _check_at_least(self, 1, 'weight_group_size')
         _check(
@@ -487,13 +487,41 @@ class TuneQDMConfig:
         _check_at_least(self, 0, 'learning_rate', 'input_spread')
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QLoRAConfig:
+    """An update of low rank beside integers that stand (Dettmers et al., arXiv:2305.14314)."""
+
+    name: Literal['qlora'] = 'qlora'
+    rank: int = 32  # of the update; TuneQDM's comparison has 32 and 2
+    learning_rate: float = 1e-3  # Adam, of both halves of the update
+
+    def __post_init__(self):
+        _check_choices(self)
+        _check_at_least(self, 1, 'rank')
+        _check_at_least(self, 0, 'learning_rate')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FullFinetuningConfig:
+    """Every parameter is trained; with 32 bits nothing is rounded: what the others spare."""
+
+    name: Literal['full_finetuning'] = 'full_finetuning'
+    learning_rate: float = 2e-4  # Adam; DDPM's own on CIFAR-10 (arXiv:2006.11239)
+
+    def __post_init__(self):
+        _check_choices(self)
+        _check_at_least(self, 0, 'learning_rate')
+
+
 # chosen by the field `name`
 MethodConfig = (
     RoundToNearestConfig
     | EfficientDMConfig
+    | FullFinetuningConfig
     | LSQConfig
     | PTQDConfig
     | QDiffusionConfig
+    | QLoRAConfig
     | RepQViTConfig
     | SVDQuantConfig
     | TCAQDMConfig
@@ -574,21 +602,33 @@ class AdaptConfig:
     """Fine-tuning on images of one's own with the denoising loss, after all other learning."""
 
     num_iterations: int = 0  # optimizer steps; 0: none
-    images: str = ''  # an .npz, a folder of images or of one subfolder per class, or tfds:NAME
+    # an .npz, a folder of images or of one subfolder per class, or tfds:NAME; 'teacher': drawn from
+    # the teacher itself by the run's sampler (a folder of that name is './teacher')
+    images: str = ''
+    num_images: int = 256  # drawn where images='teacher', evenly of all classes
     label: int = 0  # class of images without labels, for a teacher that has classes
     label_dropout: float = 0.1  # share of labels replaced by the null class, for guidance
     batch_size: int = 16  # images per optimizer step, each at a timestep of its own
+    # regular expression over module paths: what is computed in them is computed again in the
+    # backward pass, less memory for more time; '': nothing is
+    remat: str = r'(.*/)?(block|attention)_\d+'
     checkpoint_every: int = 200  # optimizer steps between checkpoints
     log_every: int = 20  # optimizer steps between lines of metrics.jsonl
 
     def __post_init__(self):
         _check_at_least(self, 0, 'num_iterations', 'label')
-        _check_at_least(self, 1, 'batch_size', 'checkpoint_every', 'log_every')
+        _check_at_least(self, 1, 'batch_size', 'checkpoint_every', 'log_every', 'num_images')
         _check(0 <= self.label_dropout < 1, f'label_dropout={self.label_dropout}: expected 0..1.')
         _check(
             self.num_iterations == 0 or bool(self.images),
-            "images='' with num_iterations > 0: expected an .npz, a folder or tfds:NAME.",
+            "images='' with num_iterations > 0: expected an .npz, a folder, tfds:NAME or "
+            "'teacher'.",
         )
+        try:
+            re.compile(self.remat)
+        except re.error as error:
+            text = f'remat={self.remat!r}: not a regular expression ({error}).'
+            raise ValueError(text) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -600,12 +640,19 @@ class StudentConfig:
     reconstruct: ReconstructConfig = ReconstructConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     adapt: AdaptConfig = AdaptConfig()
+    title: str = ''  # in the table of a comparison; '': what the method is called
 
     def __post_init__(self):
         _check(
             self.finetune.num_iterations == 0 or not isinstance(self.method, _CALIBRATED_ONLY),
             f'finetune.num_iterations={self.finetune.num_iterations}: the method '
             f'{self.method.name!r} learns nothing; set it to 0 or choose another method.',
+        )
+        is_float = self.quant.weight_bits == self.quant.activation_bits == FLOAT_BITS
+        _check(
+            not is_float or bool(self.quant.rules) or isinstance(self.method, FullFinetuningConfig),
+            f'quant.weight_bits=32 and activation_bits=32: the method {self.method.name!r} has '
+            f"nothing to quantize; choose fewer bits, or the method 'full_finetuning'.",
         )
 
 

@@ -35,7 +35,7 @@ from dmq_jax.config import EfficientDMConfig, FinetuneConfig, QuantConfig, Sampl
 from dmq_jax.diffusion import samplers
 from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import INPUT_ROLES
-from dmq_jax.runtime import mesh
+from dmq_jax.runtime import mesh, programs
 
 RANK = 32  # of the low-rank updates that fine-tuning is counted with
 TABLE_STEPS = 20  # rows of the tables of scales that a state is made up with
@@ -265,7 +265,7 @@ def finetuning_step(
 
     kept = jax.eval_shape(start, teacher.params, stats)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return Program(run, kept, teacher.params, key, finetune.SHARDING_RULES, finetune.step_options())
+    return Program(run, kept, teacher.params, key, finetune.SHARDING_RULES, programs.step_options())
 
 
 def compiled(program: Program, device_mesh: mesh.Mesh) -> Cost:

@@ -340,7 +340,7 @@ def make_plan(
     config: QuantConfig,
     network: Network | None = None,
 ) -> dict[str, LayerSpec]:
-    """The plan of a student: the rules of its config, then those of its coverage.
+    """The plan of a student: the rules of its config, then those of its coverage; {}: all float.
 
     Args:
       layers: every quantizable layer.
@@ -350,6 +350,8 @@ def make_plan(
     Raises:
       ValueError: see `quant.plan.make_plan`.
     """
+    if config.weight_bits == config.activation_bits == FLOAT_BITS and not config.rules:
+        return {}
 
     def spec(
         weight_bits: int, activation_bits: int, group_size: int | None, *, edge: bool = False

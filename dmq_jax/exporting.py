@@ -21,9 +21,16 @@ from jaxtyping import Float, Int
 
 from dmq_jax import denoisers
 from dmq_jax.files.safetensors import open_safetensors
-from dmq_jax.methods.base import Bound, Correction, Tables, with_kernels, with_leaves
+from dmq_jax.methods.base import (
+    Bound,
+    Correction,
+    Tables,
+    with_kernels,
+    with_leaves,
+    without_kernels,
+)
 from dmq_jax.quant.integer import integer_weight
-from dmq_jax.quant.plan import LayerSpec, layer_at
+from dmq_jax.quant.plan import LayerSpec
 from dmq_jax.quant.tensor import QuantizedTensor, QuantSpec, dequantize, pack
 from dmq_jax.runtime import checkpoint, log
 from kernels import choices
@@ -80,9 +87,6 @@ def make(
         for path, weight in bound.weights.items()
     }
     params = with_leaves(jax.device_get(teacher.params), bound.params)
-    flat = traverse_util.flatten_dict(params, sep='/')
-    packed = {f'{layer_at(path)}/kernel' for path in weights}
-    kept = {name: leaf for name, leaf in flat.items() if name not in packed}
     tables = {
         path: {
             role: {
@@ -103,7 +107,7 @@ def make(
         timesteps=np.asarray(timesteps, np.int32),
         weights=weights,
         tables=tables,
-        params=traverse_util.unflatten_dict(kept, sep='/'),
+        params=without_kernels(params, weights),
         decoder=teacher.decoder,
         channels=jax.tree.map(lambda a: np.asarray(a, np.float32), dict(bound.channels)),
         channel_timesteps=bound.channel_timesteps,
@@ -205,8 +209,10 @@ def _tensors(exported: Exported) -> dict[str, np.ndarray]:
     for path, roles in exported.tables.items():
         for role, table in roles.items():
             for name, entry in table.items():
-                # Codes of up to 8 bits: a byte holds every zero point.
-                kept = np.uint8 if name == 'zero_point' else np.float32
+                # Codes of up to 8 bits: a byte holds every zero point; of 16 bits, two.
+                bits = exported.plan[path].activation(role).bits
+                whole = np.uint8 if bits <= 8 else np.uint16
+                kept = whole if name == 'zero_point' else np.float32
                 tensors[f'tables/{path}/{role}/{name}'] = np.asarray(entry).astype(kept)
     if exported.channel_timesteps is not None:
         tensors['channel_timesteps'] = np.asarray(exported.channel_timesteps, np.float32)

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from dmq_jax.diffusion import samplers
 from dmq_jax.methods.base import Method, Prediction, State
 from dmq_jax.quant.plan import Plan
 from dmq_jax.quant.rows import per_image
-from dmq_jax.runtime import hosts, log, mesh
+from dmq_jax.runtime import hosts, log, mesh, programs
 from dmq_jax.runtime.checkpoint import Checkpoints
 from dmq_jax.runtime.progress import progress
 
@@ -64,10 +64,11 @@ class TrainState(NamedTuple):
 
 
 class Finetuned(NamedTuple):
-    """The result: the method's state, and what it took."""
+    """The result: the method's state, and what it took: seconds, and megabytes where measured."""
 
     state: State
     duration_s: float
+    memory_mb: float | None = None
 
 
 def make_decay(config: FinetuneConfig) -> optax.Schedule:
@@ -204,18 +205,6 @@ def step_gain(sampler: samplers.Sampler, target: str) -> Float[Array, 'S']:
     return gain / jnp.sqrt(jnp.mean(gain**2))
 
 
-def step_options() -> dict[str, Any] | None:
-    """What the compiler is told of a train step.
-
-    XLA of jax 0.10 orders operations for concurrency unless told, at twice the memory: 1.58 GB of
-    temporaries instead of 0.81 GB (loss and gradients, CIFAR-10 U-Net, batch 8). Later ones need
-    no telling: with it the step takes 4.9 teacher forwards, without 4.3, in the same memory.
-    """
-    if jax.default_backend() == 'cpu' and jax.__version_info__ < (0, 11):
-        return {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
-    return None
-
-
 def make_train_step(
     teacher: denoisers.Denoiser,
     loss: Callable[..., tuple[Float[Array, ''], Array]],
@@ -234,7 +223,7 @@ def make_train_step(
             state, params = mesh.whole(device_mesh, state), mesh.whole(device_mesh, params)
         return loss(state, params, *inputs)
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=step_options())
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=programs.step_options())
     def train_step(train, params, sampler, key):
         positions = train.positions
         t = jnp.asarray(sampler.timesteps)[positions.index]
@@ -397,7 +386,8 @@ def save(path: str | os.PathLike, result: Finetuned) -> None:
 
     flat = traverse_util.flatten_dict(result.state, sep=':')
     tensors = {name: np.ascontiguousarray(leaf) for name, leaf in flat.items()}
-    save_file(tensors, path, {'duration_s': str(result.duration_s)})
+    took = {'duration_s': result.duration_s, 'memory_mb': result.memory_mb}
+    save_file(tensors, path, {name: str(n) for name, n in took.items() if n is not None})
 
 
 def load(path: str | os.PathLike, like: State) -> Finetuned:
@@ -410,11 +400,11 @@ def load(path: str | os.PathLike, like: State) -> Finetuned:
 
     with safe_open(path, framework='numpy') as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        duration_s = float(file.metadata()['duration_s'])
+        took = {name: float(text) for name, text in file.metadata().items()}
     expected = traverse_util.flatten_dict(like, sep=':')
     if tensors.keys() != expected.keys():
         odd = sorted(tensors.keys() ^ expected.keys())
         raise ValueError(f'{path}: other tensors than this method has, e.g. {odd[0]!r}.')
     # Groups without a leaf are in no file.
     whole = traverse_util.flatten_dict(like, sep=':', keep_empty_nodes=True)
-    return Finetuned(traverse_util.unflatten_dict(whole | tensors, sep=':'), duration_s)
+    return Finetuned(traverse_util.unflatten_dict(whole | tensors, sep=':'), **took)

@@ -11,7 +11,6 @@ import functools
 import gc
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -40,8 +39,8 @@ from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.models.dit import DiT, PixArt
 from dmq_jax.models.ldm_unet import LDMUNet
 from dmq_jax.models.torch_weights import Source, expected_tensors, read_params
+from dmq_jax.runtime.memory import MEGABYTE, peak_rss_mb
 
-MEGABYTE = 1e6
 ROOT = Path(__file__).parents[1]
 CONTESTANT = 'tests.oracles.bench_networks'
 CLIP_LENGTH, _T5_LENGTH = 77, 120
@@ -215,18 +214,6 @@ def read_random(case: Case, file: Path, dtype: str) -> PyTree:
     return read_params(
         open_tensors(file), case_shapes(case), case.source, dtype=jnp.dtype(dtype), put=place
     )
-
-
-def peak_rss_mb() -> float:
-    """The most memory this process has ever held."""
-    status = Path('/proc/self/status')
-    if status.is_file():
-        # Not `ru_maxrss`, which survives exec: that of a child begins with its parent's.
-        for line in status.read_text().splitlines():
-            if line.startswith('VmHWM:'):
-                return int(line.split()[1]) * 1024 / MEGABYTE
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEGABYTE
 
 
 def tree_bytes(tree: PyTree) -> int:

@@ -31,15 +31,17 @@ from dmq_jax import (
     reconstruct,
     report,
     sampling,
+    scale_sets,
     teachers,
 )
 from dmq_jax import config as config_lib
 from dmq_jax.config import AdaptConfig, Config, StudentConfig
 from dmq_jax.files import images as images_lib
+from dmq_jax.methods import base
 from dmq_jax.quant import plan as plan_lib
 from dmq_jax.reporting import charts, tables
 from dmq_jax.reporting.results import IMPLEMENTATIONS
-from dmq_jax.runtime import hosts, log, mesh, parts
+from dmq_jax.runtime import hosts, log, memory, mesh, parts
 from dmq_jax.runtime.progress import progress
 
 STAGES = ('calibrate', 'finetune', 'export', 'sample', 'evaluate', 'analyse', 'report')
@@ -50,6 +52,8 @@ TEACHER = 'teacher'
 _IMAGES, _SPEED, _RATE = 'images.npz', 'speed.json', 'images_per_second'
 # Network file systems may show a file to one host half a minute after another has written it.
 _PATIENCE_S = 60
+# What learning took, as the manifest of an export tells it.
+_COSTS = ('finetune_seconds', 'trained_parameters', 'training_mb', 'set_mb')
 # Where the state lies that a stage of learning leaves.
 _LEARNT = {'reconstruct': 'reconstructed', 'finetune': 'state', 'adapt': 'adapted'}
 
@@ -212,7 +216,7 @@ def open_run(config: Config, workdir: Path, reference: evaluate.Reference | None
             reconstruct.check(methods.make(student.method, plans[name]))
             reconstruct.check_mesh(device_mesh, student.reconstruct)
         if student.adapt.num_iterations:
-            read_images(teacher.info, student.adapt)
+            check_images(teacher.info, student.adapt)
     for sampler in (config.sampler, config.calibrate.sampler, *(s.sampler for s in learning)):
         denoisers.make_denoiser_sampler(teacher, sampler)
     return Run(config, workdir, teacher, layers, plans, device_mesh, teacher_id(teacher))
@@ -288,25 +292,46 @@ def learns(student: StudentConfig) -> bool:
     return any(stage.num_iterations for stage in stages)
 
 
-def learn(context: Run, name: str) -> tuple[methods.Method, dict[str, Any], float]:
-    """The student's method, its learnt state, and the seconds of learning."""
+class Learnt(NamedTuple):
+    """What all stages of learning left.
+
+    Attributes:
+      method: of the student.
+      state: learnt.
+      duration_s: of learning.
+      memory_mb: the most it held, see `runtime.memory`; None: nothing was learnt.
+      num_trained: numbers that were trained.
+    """
+
+    method: methods.Method
+    state: dict[str, Any]
+    duration_s: float
+    memory_mb: float | None
+    num_trained: int
+
+
+def learn(context: Run, name: str) -> Learnt:
+    """The student after all its stages of learning."""
     student = context.config.students[name]
     stats = calibration(context)
     method = make_method(context, name)
     # The same key for all: students that differ in one option start from the same numbers.
     key = context.key('finetune')
     inputs = context.teacher.params, stats.stats, key
-    state, duration_s = jax.jit(method.init)(*inputs), 0.0
+    state = jax.jit(method.init)(*inputs)
+    took = []
     folder, options = student_folder(context, name), student_options(context, student)
     shared = context.plans[name], stats.timesteps, student.quant.timestep_lookup
 
-    def learnt(stage: str, run: Callable[[], Any]) -> tuple[dict[str, Any], float]:
+    def learnt(stage: str, run: Callable[[], Any]) -> dict[str, Any]:
         """The state after a stage that is resumed where it was."""
 
         def make() -> Any:
             # Checkpoints outlive the artefact they lead to, and so need a mark of their own.
             artefacts.claim(folder / stage, options)
-            return run()
+            with memory.watched() as peak:
+                result = run()
+            return result._replace(memory_mb=peak.mb)
 
         result = artefacts.artefact(
             folder / _LEARNT[stage],
@@ -317,53 +342,110 @@ def learn(context: Run, name: str) -> tuple[methods.Method, dict[str, Any], floa
                 path / 'state.safetensors', jax.eval_shape(method.init, *inputs)
             ),
         )
-        return result.state, duration_s + result.duration_s
+        took.append((result.duration_s, result.memory_mb))
+        return result.state
 
     if student.reconstruct.num_iterations:
-        state, duration_s = learnt('reconstruct', lambda: reconstruct.run(
+        state = learnt('reconstruct', lambda: reconstruct.run(
             context.teacher, method, state, *shared, student.reconstruct,
             key=jax.random.fold_in(key, 2), workdir=folder / 'reconstruct',
             device_mesh=context.device_mesh, description=f'reconstruct {name}',
         ))  # fmt: skip
     if student.finetune.num_iterations:
-        state, duration_s = learnt('finetune', lambda: finetune.run(
+        state = learnt('finetune', lambda: finetune.run(
             context.teacher, method, state, *shared, student.finetune,
             key=jax.random.fold_in(key, 1), workdir=folder / 'finetune',
             device_mesh=context.device_mesh, description=f'finetune {name}',
         ))  # fmt: skip
     if student.adapt.num_iterations:
-        state, duration_s = learnt('adapt', lambda: adapt.run(
+        state = learnt('adapt', lambda: adapt.run(
             context.teacher, method, state, *shared, student.adapt,
-            **read_images(context.teacher.info, student.adapt),
+            **adapt_images(context, student.adapt),
             key=jax.random.fold_in(key, 3), workdir=folder / 'adapt',
             device_mesh=context.device_mesh, description=f'adapt {name}',
         ))  # fmt: skip
-    return method, state, duration_s
+    optimizers = [phase.optimizer for phase in method.phases if student.reconstruct.num_iterations]
+    if student.finetune.num_iterations or student.adapt.num_iterations:
+        optimizers.append(method.optimizer)
+    peaks = [memory_mb for _, memory_mb in took if memory_mb is not None]
+    return Learnt(
+        method, state, sum(duration_s for duration_s, _ in took), max(peaks, default=None),
+        base.num_trained(state, optimizers),
+    )  # fmt: skip
 
 
-def read_images(info: denoisers.DenoiserInfo, config: AdaptConfig) -> dict[str, Any]:
-    """The user's `images` in [-1, 1], as large as the teacher's, and their `labels`.
+def check_images(info: denoisers.DenoiserInfo, config: AdaptConfig) -> images_lib.ImageSet | None:
+    """The user's images, if the teacher could have drawn them; None where it is to draw them.
 
     Raises:
       ValueError: images or classes that the teacher cannot have, or a teacher of latents.
     """
-    found = images_lib.load_images(config.images)
     height, width, channels = info.image_shape
-    if info.is_latent or found.images.shape[-1] != channels or height != width:
+    found = None if config.images == TEACHER else images_lib.load_images(config.images)
+    depth = channels if found is None else found.images.shape[-1]
+    if info.is_latent or depth != channels or height != width:
         raise ValueError(
-            f'adapt.images={config.images!r}: images of {found.images.shape[-1]} channels; '
-            f'expected {channels}, for a teacher that draws square images and no latents.'
+            f'adapt.images={config.images!r}: images of {depth} channels; expected {channels}, for '
+            f'a teacher that draws square images and no latents.'
         )
-    labels = found.labels
-    if info.num_classes is not None and labels is None:
-        labels = np.full(len(found.images), config.label, np.int32)
+    labels = None if found is None else found.labels
+    if info.num_classes is None or labels is None:
+        labels = np.asarray([config.label])
     if info.num_classes is not None and not 0 <= labels.min() <= labels.max() < info.num_classes:
         raise ValueError(
             f'adapt: classes {labels.min()} to {labels.max()}; expected 0 to '
             f'{info.num_classes - 1}, those of the teacher.'
         )
-    padded = np.asarray(sampling.to_float(images_lib.pad_images(found.images, height)))
-    return {'images': padded, 'labels': None if info.num_classes is None else labels}
+    return found
+
+
+def adapt_images(context: Run, config: AdaptConfig) -> dict[str, Any]:
+    """What a student is adapted to: `images` in [-1, 1], as large as the teacher's, and `labels`.
+
+    Raises:
+      ValueError: see `check_images`.
+    """
+    info = context.teacher.info
+    found = check_images(info, config)
+    if found is None:
+        found = drawn_images(context, config.num_images)
+    labels = found.labels
+    if info.num_classes is not None and labels is None:
+        labels = np.full(len(found.images), config.label, np.int32)
+    padded = images_lib.pad_images(found.images, info.image_shape[0])
+    return {
+        'images': np.asarray(sampling.to_float(padded)),
+        'labels': None if info.num_classes is None else labels,
+    }
+
+
+def drawn_images(context: Run, num_images: int) -> images_lib.ImageSet:
+    """Images of the teacher for its students to adapt to; others than those that are evaluated."""
+    config = context.config
+    labels = denoisers.balanced_labels(num_images, context.teacher.info.num_classes)
+
+    def make() -> np.ndarray:
+        return sampling.draw(
+            context.teacher, config.sampler, labels=labels, num_images=num_images,
+            key=jax.random.fold_in(context.key('finetune'), 4),
+            batch_size=min(config.sample.batch_size, num_images),
+        )  # fmt: skip
+
+    images = artefacts.artefact(
+        context.workdir / 'adapt_images' / str(num_images),
+        drawn_options(context, num_images),
+        make=make,
+        save=lambda path, drawn: np.savez_compressed(path / 'images.npz', arr_0=drawn),
+        load=lambda path: read_arrays(path / 'images.npz')['arr_0'],
+    )
+    return images_lib.ImageSet(images, labels)
+
+
+def drawn_options(context: Run, num_images: int) -> dict[str, Any]:
+    """What the images of `drawn_images` depend on."""
+    sampler = config_lib.to_dict(context.config.sampler)
+    return {'teacher': context.teacher_id, 'sampler': sampler, 'seed': context.config.seed,
+            'num_images': num_images}  # fmt: skip
 
 
 def student_options(context: Run, student: StudentConfig) -> dict[str, Any]:
@@ -371,10 +453,16 @@ def student_options(context: Run, student: StudentConfig) -> dict[str, Any]:
     options = config_lib.to_dict(student)
     for name in ('checkpoint_every', 'log_every', 'max_to_keep'):
         del options['finetune'][name]
-    for name in ('checkpoint_every', 'log_every'):
+    for name in ('checkpoint_every', 'log_every', 'remat'):
         del options['adapt'][name]
+    del options['title']
+    # Named where it is asked for: what is made without it stays what it was.
+    if student.adapt.images != TEACHER:
+        del options['adapt']['num_images']
     images = None
-    if student.adapt.num_iterations:
+    if student.adapt.num_iterations and student.adapt.images == TEACHER:
+        images = drawn_options(context, student.adapt.num_images)
+    elif student.adapt.num_iterations:
         # By what they are: files behind a path may change.
         found = images_lib.load_images(student.adapt.images)._asdict()
         images = artefacts.digest({n: array for n, array in found.items() if array is not None})
@@ -390,22 +478,29 @@ def exported(context: Run, name: str) -> exporting.Exported:
     student = context.config.students[name]
     calibration(context)
 
-    def make() -> tuple[exporting.Exported, float]:
+    def make() -> tuple[exporting.Exported, dict[str, Any]]:
         stats = calibration(context)
-        method, state, duration_s = learn(context, name)
-        bound = jax.jit(method.bind)(context.teacher.params, state)
+        learnt = learn(context, name)
+        bound = jax.jit(learnt.method.bind)(context.teacher.params, learnt.state)
         shared = context.plans[name], stats.timesteps, student.quant.timestep_lookup
         bound = correct.run(
-            context.teacher, method, bound, *shared, context.config.calibrate,
+            context.teacher, learnt.method, bound, *shared, context.config.calibrate,
             key=jax.random.fold_in(context.key('export'), 0),
         )  # fmt: skip
         plan, *tables_of = shared
         model = exporting.make(context.teacher, plan, bound, *tables_of)
-        return model, duration_s
+        # What another adaptation of the same integers takes.
+        is_switched = learnt.method.beside is not None
+        return model, {
+            'finetune_seconds': learnt.duration_s,
+            'method': student.method.name,
+            'trained_parameters': learnt.num_trained,
+            'training_mb': learnt.memory_mb,
+            'set_mb': scale_sets.size_bytes(model) / memory.MEGABYTE if is_switched else None,
+        }
 
-    def save(path: Path, made: tuple[exporting.Exported, float]) -> None:
-        model, duration_s = made
-        exporting.save(path, model, {'finetune_seconds': duration_s, 'method': student.method.name})
+    def save(path: Path, made: tuple[exporting.Exported, dict[str, Any]]) -> None:
+        exporting.save(path, *made)
 
     return artefacts.artefact(
         student_folder(context, name) / 'export', student_options(context, student), make=make,
@@ -609,15 +704,18 @@ def describe_network(context: Run, name: str) -> dict[str, Any]:
         size = sum(leaf.size * 4 for leaf in leaves)
         return {'method': None, 'weight_bits': 32, 'activation_bits': 32, 'coverage': None,
                 'per_timestep': None, 'size_mb': size / 1e6,
-                'finetune_seconds': None}  # fmt: skip
+                **dict.fromkeys(_COSTS)}  # fmt: skip
     student = context.config.students[name]
     folder = student_folder(context, name) / 'export'
+    facts = exporting.read_manifest(folder)['facts']
     return {
         'method': student.method.name,
+        'title': student.title,
         'weight_bits': student.quant.weight_bits,
         'activation_bits': student.quant.activation_bits,
         'coverage': student.quant.coverage,
         'per_timestep': student.quant.per_timestep,
         'size_mb': (folder / 'model.safetensors').stat().st_size / 1e6,
-        'finetune_seconds': exporting.read_manifest(folder)['facts']['finetune_seconds'],
+        # An export of an earlier release has not all of them.
+        **{cost: facts.get(cost) for cost in _COSTS},
     }

@@ -88,10 +88,11 @@ class Block(NamedTuple):
 
 
 class Reconstructed(NamedTuple):
-    """The result: the method's state, and what it took."""
+    """The result: the method's state, and what it took: seconds, and megabytes where measured."""
 
     state: State
     duration_s: float
+    memory_mb: float | None = None
 
 
 def draw_inputs(
@@ -242,8 +243,8 @@ class _Examples(NamedTuple):
     t: Int[Array, 'N']
 
 
-class _Task(NamedTuple):
-    """What all blocks share."""
+class Task(NamedTuple):
+    """What all blocks share; the entries are those of `run`, and what is made of them."""
 
     teacher: denoisers.Denoiser
     method: Method
@@ -254,6 +255,43 @@ class _Task(NamedTuple):
     config: ReconstructConfig
     device_mesh: mesh.Mesh
     params: PyTree  # of the teacher, on the mesh
+
+
+class BlockStep(NamedTuple):
+    """How one block learns in one phase.
+
+    Attributes:
+      learn: compiled when called: `(part, moments, params, examples, j) -> (part, moments, error)`,
+        iteration j; it takes `part` and `moments` over.
+      error: `(part, params, examples) -> scalar`, of the block as it is exported.
+      part: of the state, which is learnt.
+      moments: of the optimizer.
+      examples: what the block is shown.
+      num_iterations: of this phase.
+    """
+
+    learn: Callable[..., tuple[State, PyTree, Array]]
+    error: Callable[..., Array]
+    part: State
+    moments: PyTree
+    examples: PyTree
+    num_iterations: int
+
+
+def make_task(
+    teacher: denoisers.Denoiser,
+    method: Method,
+    plan: Plan,
+    timesteps: Int[np.ndarray, 'S'],
+    lookup: str,
+    config: ReconstructConfig,
+    device_mesh: mesh.Mesh,
+) -> Task:
+    """What all blocks share; see `run` for the arguments."""
+    params = mesh.shard_weights(device_mesh, teacher.params)
+    return Task(
+        teacher, method, jax.jit(method.bind), plan, timesteps, lookup, config, device_mesh, params
+    )
 
 
 def run(
@@ -295,10 +333,7 @@ def run(
     device_mesh = device_mesh or mesh.make_mesh(1)
     check_mesh(device_mesh, config)
     state = jax.device_get(state)
-    params = mesh.shard_weights(device_mesh, teacher.params)
-    task = _Task(
-        teacher, method, jax.jit(method.bind), plan, timesteps, lookup, config, device_mesh, params
-    )
+    task = make_task(teacher, method, plan, timesteps, lookup, config, device_mesh)
     blocks = find_blocks(teacher, plan, config.blocks, method.joint)
     work = [
         (i, phase, block)
@@ -306,9 +341,7 @@ def run(
         for phase in method.phases
         if round(config.num_iterations * phase.share)
         for block in blocks
-        # A joint block's activations are not learnt.
-        if any(_is_learnt(plan[path], phase) for path in block.layers)
-        and not (block.outputs and phase.rounds_inputs)
+        if learns(block, phase, plan)
     ]
     began, inputs, drawn = time.monotonic(), None, -1
     with (
@@ -362,6 +395,13 @@ def check_mesh(device_mesh: mesh.Mesh, config: ReconstructConfig) -> None:
     )  # fmt: skip
 
 
+def learns(block: Block, phase: Phase, plan: Plan) -> bool:
+    """Whether a block has anything to learn in a phase."""
+    if block.outputs and phase.rounds_inputs:
+        return False  # a joint block's activations are not learnt
+    return any(_is_learnt(plan[path], phase) for path in block.layers)
+
+
 def _is_learnt(spec: LayerSpec, phase: Phase) -> bool:
     """Whether a layer has what a phase is about: rounded activations, or else rounded weights."""
     return (spec.inputs if phase.rounds_inputs else spec.weight) is not None
@@ -382,16 +422,34 @@ def _round_inputs(task, state, i, *, key, workdir):
     return inputs
 
 
-def _learn_block(task, phase, block, state, inputs, i, *, key):
-    """The state after one block has learnt, and the errors of the block before and after."""
-    share = phase.share * (task.config.later_share if i else 1.0)
-    num_iterations = round(task.config.num_iterations * share)
+def make_block_step(
+    task: Task,
+    phase: Phase,
+    block: Block,
+    state: State,
+    inputs: Inputs,
+    *,
+    share: float,
+    key: Key[Array, ''],
+) -> BlockStep:
+    """The step of a block, and where it starts.
+
+    Args:
+      task: what all blocks share.
+      phase: of the method.
+      block: from `find_blocks`.
+      state: of the whole network.
+      inputs: of the network.
+      share: iterations of this round for each one of the first.
+      key: of the batches.
+    """
+    num_iterations = round(task.config.num_iterations * phase.share * share)
     module, examples = _examples(task, phase, block, state, inputs)
     plan = task.plan if phase.rounds_inputs else without_inputs(task.plan)
     inside = block.layers + block.fixed
     plan = {path: plan[path] for path in inside if path in plan}
     part = select(state, inside, task.plan)
-    params, device_mesh = task.params, task.device_mesh
+    device_mesh = task.device_mesh
 
     def outputs(params, bound: Bound, args, kwargs, t):
         weights = {path: w for path, w in bound.weights.items() if path in plan}
@@ -414,10 +472,10 @@ def _learn_block(task, phase, block, state, inputs, i, *, key):
         distances = jax.tree.map(functools.partial(_distance, phase.norm), got, batch.target)
         return sum(jax.tree.leaves(distances))
 
-    def loss(part, params, batch, share):
+    def loss(part, params, batch, progressed):
         part, params = whole(part), whole(params)
-        value = error(params, phase.bind(params, part, share), batch)
-        return value + phase.penalty(part, share)
+        value = error(params, phase.bind(params, part, progressed), batch)
+        return value + phase.penalty(part, progressed)
 
     optimizer = phase.optimizer(part, _cosine(num_iterations))
 
@@ -427,8 +485,8 @@ def _learn_block(task, phase, block, state, inputs, i, *, key):
             jax.random.fold_in(key, j), (task.config.batch_size,), 0, examples.t.size
         )
         batch = _split(device_mesh, jax.tree.map(lambda leaf: leaf[indices], examples))
-        share = j.astype(jnp.float32) / num_iterations
-        value, gradients = jax.value_and_grad(loss)(part, params, batch, share)
+        progressed = j.astype(jnp.float32) / num_iterations
+        value, gradients = jax.value_and_grad(loss)(part, params, batch, progressed)
         # optax raises a float to its int32 step count, which strict promotion forbids.
         with jax.numpy_dtype_promotion('standard'):
             updates, moments = optimizer.update(gradients, moments, part)
@@ -451,18 +509,27 @@ def _learn_block(task, phase, block, state, inputs, i, *, key):
     part, moments = jax.tree.map(
         jnp.copy, mesh.place(learnt, mesh.shardings(device_mesh, learnt, _STATE_RULES))
     )
-    before = float(measure(part, params, examples))
+    return BlockStep(learn, measure, part, moments, examples, num_iterations)
+
+
+def _learn_block(task, phase, block, state, inputs, i, *, key):
+    """The state after one block has learnt, and the errors of the block before and after."""
+    share = task.config.later_share if i else 1.0
+    step = make_block_step(task, phase, block, state, inputs, share=share, key=key)
+    part, moments, num_iterations = step.part, step.moments, step.num_iterations
+    before = float(step.error(part, task.params, step.examples))
     for j in range(num_iterations):
         hosts.stop_if_asked()
-        part, moments, value = learn(part, moments, params, examples, jnp.asarray(j, jnp.int32))
+        index = jnp.asarray(j, jnp.int32)
+        part, moments, value = step.learn(part, moments, task.params, step.examples, index)
         is_checked = j + 1 == num_iterations or (j + 1) % _CHECK_EVERY == 0
         if is_checked and not np.isfinite(float(value)):
             raise FloatingPointError(
                 f'block {block.name!r}: the error is {float(value)} at iteration {j + 1} of '
                 f'{phase.name}; lower the learning rates, or check the calibration.'
             )
-    after = float(measure(part, params, examples))
-    return merge(state, mesh.fetch(device_mesh, part)), (before, after)
+    after = float(step.error(part, task.params, step.examples))
+    return merge(state, mesh.fetch(task.device_mesh, part)), (before, after)
 
 
 def _split(device_mesh, tree):

@@ -1,7 +1,8 @@
 """Sets of scales for one quantized model: small files that change what the same integers draw.
 
-What adapting a model by its scales alone (TuneQDM) leaves is a few numbers per channel. A set is
-one safetensors file of them; it names the integers it was learnt on, and fits no others.
+What adapting a model by its scales alone (TuneQDM) leaves is a few numbers per channel, what QLoRA
+leaves are branches of low rank. A set is one safetensors file of them; it names the integers it was
+learnt on, and fits no others.
 """
 
 import json
@@ -14,27 +15,26 @@ from dmq_jax.exporting import Exported
 from dmq_jax.files.safetensors import open_safetensors
 
 FORMAT = 'dmq_jax.scales.1'
+_HALVES = ('down', 'up')  # of a branch
 
 
 def save(path: str | os.PathLike, exported: Exported) -> None:
-    """Writes the factors of the channels of `exported`, and nothing else of it.
+    """Writes the factors of the channels of `exported` and its branches, and nothing else of it.
 
     Args:
       path: the file.
       exported: a quantized network.
 
     Raises:
-      ValueError: it has no factors of channels.
+      ValueError: it has neither.
     """
     from safetensors.numpy import save_file
 
-    if not exported.channels:
-        raise ValueError('this network has no scales of single channels; nothing to save.')
-    tensors = {
-        f'{layer}/{end}': np.ascontiguousarray(factor)
-        for layer, factors in exported.channels.items()
-        for end, factor in factors.items()
-    }
+    if not exported.channels and not exported.branches:
+        raise ValueError(
+            'this network has neither scales of single channels nor branches; nothing to save.'
+        )
+    tensors = _tensors(exported)
     timesteps = exported.channel_timesteps
     facts = {
         'format': FORMAT,
@@ -42,6 +42,20 @@ def save(path: str | os.PathLike, exported: Exported) -> None:
         'timesteps': json.dumps(None if timesteps is None else np.asarray(timesteps).tolist()),
     }
     save_file(tensors, path, facts)
+
+
+def size_bytes(exported: Exported) -> int:
+    """Bytes of the numbers that `save` writes."""
+    return sum(tensor.nbytes for tensor in _tensors(exported).values())
+
+
+def _tensors(exported: Exported) -> dict[str, np.ndarray]:
+    return {
+        f'{layer}/{name}': np.ascontiguousarray(array)
+        for group in (exported.channels, exported.branches)
+        for layer, arrays in group.items()
+        for name, array in arrays.items()
+    }
 
 
 def load(path: str | os.PathLike, exported: Exported) -> Exported:
@@ -61,12 +75,15 @@ def load(path: str | os.PathLike, exported: Exported) -> Exported:
     if facts['integers'] != fingerprint(exported):
         raise ValueError(f'{path} was learnt on other integers than those of this network.')
     channels: dict[str, dict[str, np.ndarray]] = {}
-    for name, factor in dict(tensors).items():
-        layer, end = name.rsplit('/', 1)
-        channels.setdefault(layer, {})[end] = np.asarray(factor)
+    branches: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in dict(tensors).items():
+        layer, kind = name.rsplit('/', 1)
+        group = branches if kind in _HALVES else channels
+        group.setdefault(layer, {})[kind] = np.asarray(array)
     timesteps = json.loads(facts['timesteps'])
     return exported._replace(
         channels=channels,
+        branches=branches,
         channel_timesteps=None if timesteps is None else np.asarray(timesteps, np.float32),
     )
 

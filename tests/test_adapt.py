@@ -1,13 +1,25 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from dmq_jax import adapt, denoisers, exporting, methods, scale_sets
-from dmq_jax.config import AdaptConfig, EfficientDMConfig, QuantConfig, TuneQDMConfig
+from dmq_jax.config import (
+    AdaptConfig,
+    EfficientDMConfig,
+    FullFinetuningConfig,
+    QLoRAConfig,
+    QuantConfig,
+    TuneQDMConfig,
+)
+from dmq_jax.methods import base
 from dmq_jax.runtime import hosts, log, mesh
 from tests import tiny
 
+FAST_COMPILE = {'xla_backend_optimization_level': 0}  # tiny tensors: compiling is all the time
 CONFIG = AdaptConfig(num_iterations=24, images='unused', batch_size=8, log_every=6)
 
 
@@ -25,9 +37,8 @@ def images():
 
 
 class Adapted:
-    def __init__(self, plan, folder):
+    def __init__(self, config, plan, folder):
         self.teacher, self.plan, self.folder = tiny.teacher(), plan, folder
-        config = TuneQDMConfig(learning_rate=0.02)
         self.method = methods.make(config, plan, tiny.INFO.schedule.num_train_timesteps)
         self.timesteps = tiny.calibration().timesteps
         self.start = self.method.init(
@@ -49,13 +60,74 @@ class Adapted:
 
 @pytest.fixture(scope='module')
 def adapted(plan, tmp_path_factory):
-    return Adapted(plan, tmp_path_factory.mktemp('adapt'))
+    config = TuneQDMConfig(learning_rate=0.02)
+    return Adapted(config, plan, tmp_path_factory.mktemp('adapt'))
 
 
-def test_the_denoising_loss_falls(adapted):
-    losses = [row['loss'] for row in log.read_metrics(adapted.folder)]
+@pytest.fixture(scope='module')
+def branched(plan, tmp_path_factory):
+    config = QLoRAConfig(rank=2, learning_rate=0.02)
+    return Adapted(config, plan, tmp_path_factory.mktemp('branched'))
+
+
+@pytest.fixture(scope='module')
+def tuned_float(tmp_path_factory):
+    config = FullFinetuningConfig(learning_rate=0.005)
+    return Adapted(config, {}, tmp_path_factory.mktemp('float'))
+
+
+@pytest.mark.parametrize('name', ['adapted', 'branched', 'tuned_float'])
+def test_the_denoising_loss_falls(name, request):
+    losses = [row['loss'] for row in log.read_metrics(request.getfixturevalue(name).folder)]
     assert len(losses) == 4
     assert losses[-1] < 0.9 * losses[0], losses
+
+
+def test_no_float_kernel_is_among_the_constants_of_integers_that_stand_still(adapted, plan):
+    constants = adapt.make_constants(adapted.teacher, adapted.method, adapted.start, plan)
+    names = traverse_util.flatten_dict(constants.params, sep='/')
+    assert not {f'{path}/kernel' for path in constants.weights} & set(names)
+    for path, weight in constants.weights.items():
+        kernel = base.get_kernel(adapted.teacher.params, path)
+        # 3 bits are stored in 4; a channel of few inputs is filled up to whole bytes.
+        assert weight.codes.nbytes <= max(kernel.size // 2, kernel.size // kernel.shape[-2] * 4)
+        assert weight.codes.dtype == np.uint8
+
+
+def test_a_float_network_that_is_tuned_is_exported_as_it_is(tuned_float):
+    exported = tuned_float.exported(tuned_float.state)
+    assert not exported.weights and not exported.plan
+    flat = traverse_util.flatten_dict(exported.params, sep='/')
+    assert flat.keys() == tuned_float.state['params'].keys()
+    for name, leaf in flat.items():
+        np.testing.assert_array_equal(leaf, tuned_float.state['params'][name])
+        assert np.any(leaf != base.get_leaf(tuned_float.teacher.params, name)), name
+
+
+def test_branches_are_switched_on_the_same_integers(branched, tmp_path):
+    first, second = branched.exported(branched.start), branched.exported(branched.state)
+    scale_sets.save(tmp_path / 'set.safetensors', second)
+    switched = scale_sets.load(tmp_path / 'set.safetensors', first)
+    jax.tree.map(np.testing.assert_array_equal, dict(switched.branches), dict(second.branches))
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(branched.state['branch']))
+    assert scale_sets.size_bytes(second) == 2 * numbers  # float16
+
+
+def test_a_network_with_nothing_to_switch_has_no_set(tuned_float, tmp_path):
+    with pytest.raises(ValueError, match='nothing to save'):
+        scale_sets.save(tmp_path / 'set', tuned_float.exported(tuned_float.start))
+
+
+@pytest.mark.parametrize(
+    ('name', 'groups'),
+    [('adapted', ('input', 'output')), ('branched', ('branch',)), ('tuned_float', ('params',))],
+)
+def test_the_numbers_trained_are_those_that_move(name, groups, request):
+    run = request.getfixturevalue(name)
+    trained = base.num_trained(run.start, [run.method.optimizer])
+    leaves = jax.tree.leaves([run.start[group] for group in groups])
+    assert trained == sum(leaf.size for leaf in leaves)
+    assert base.num_trained(run.start, []) == 0
 
 
 def test_scales_of_all_experts_learn_and_nothing_else(adapted):
@@ -100,6 +172,24 @@ def test_a_run_stopped_and_continued_on_other_devices_has_the_same_losses(
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(adapted, tmp_path):
     with pytest.raises(ValueError, match='adapt.batch_size=8 is not divisible by 3 devices'):
         adapted.run(tmp_path, (3,))
+
+
+def test_gradients_do_not_depend_on_what_is_computed_again(adapted):
+    constants = adapt.make_constants(adapted.teacher, adapted.method, adapted.state, adapted.plan)
+    batch = {name: array[:2] for name, array in images().items()}
+
+    def gradients(remat):
+        loss = adapt.make_loss(
+            adapted.teacher, adapted.method, adapted.plan, adapted.timesteps, 'nearest', 0.1, remat
+        )
+        slope = jax.jit(jax.grad(loss), compiler_options=FAST_COMPILE)
+        return slope(adapted.state, constants, batch['images'], batch['labels'], jax.random.key(2))
+
+    kept, again = gradients(''), gradients(CONFIG.remat)
+    size = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(kept))
+    # The same operations, perhaps fused otherwise.
+    close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5 * size)
+    jax.tree.map(close, kept, again)
 
 
 def test_a_loss_on_features_is_refused(plan, tmp_path):

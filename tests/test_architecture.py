@@ -42,6 +42,7 @@ ALLOWED = {
     # The stage is a command as well.
     'evaluate': {'adm', 'assets', 'command_line', 'denoisers'} | LIBRARIES,
     'pipeline': {'denoisers', 'networks', 'teachers', 'artefacts', 'analysis', 'reporting'}
+    | {'scale_sets'}
     | STAGES
     | LIBRARIES,
     'command_line': set(),
@@ -57,9 +58,11 @@ ALLOWED = {
     | {'train_classifier'}
     | LIBRARIES,
     'train_classifier': LIBRARIES,
-    'bench': {'command_line', 'denoisers', 'network_bench', 'networks', 'teachers', 'kernels'}
+    'bench': {'command_line', 'denoisers', 'method_bench', 'network_bench', 'networks', 'teachers'}
+    | {'kernels'}
     | STAGES
     | LIBRARIES,
+    'method_bench': {'denoisers', 'scale_sets', 'kernels'} | STAGES | LIBRARIES,
     'network_bench': {'checkpoints'} | LIBRARIES,
 }
 

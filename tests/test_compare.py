@@ -8,6 +8,7 @@ import pytest
 
 from dmq_jax import compare, teachers
 from dmq_jax.config import (
+    AdaptConfig,
     CalibrateConfig,
     Config,
     EvaluateConfig,
@@ -18,6 +19,7 @@ from dmq_jax.config import (
     SamplerConfig,
     StudentConfig,
     TeacherConfig,
+    TuneQDMConfig,
 )
 from dmq_jax.models.ddpm_unet import DDPMUNet
 from tests import tiny
@@ -41,6 +43,11 @@ def config(tmp_path_factory):
             quant=QuantConfig(weight_bits=bits, activation_bits=bits, coverage='full', **options)
         )
 
+    # Of the teacher's own images: nothing of a user's is needed.
+    tuned = dataclasses.replace(
+        student(3), method=TuneQDMConfig(),
+        adapt=AdaptConfig(num_iterations=2, images='teacher', num_images=6, batch_size=4),
+    )  # fmt: skip
     return Config(
         mesh=MeshConfig(data=1),
         teacher=TeacherConfig(path=str(teacher)),
@@ -51,7 +58,7 @@ def config(tmp_path_factory):
         ),
         sample=SampleConfig(num_images=12, batch_size=4),
         report=ReportConfig(grid_size=2),
-        students={'rtn_w8a8': student(8), 'rtn_w3a3': student(3)},
+        students={'rtn_w8a8': student(8), 'rtn_w3a3': student(3), 'tuned': tuned},
     )
 
 
@@ -64,12 +71,39 @@ def workdir(config, tmp_path_factory):
 
 def test_every_network_has_a_row_measured_like_the_others(workdir):
     table = json.loads((workdir / 'table.json').read_text())
-    assert [row['name'] for row in table['rows']] == ['teacher', 'rtn_w8a8', 'rtn_w3a3']
+    assert [row['name'] for row in table['rows']] == ['teacher', 'rtn_w8a8', 'rtn_w3a3', 'tuned']
     assert all(np.isfinite(row['fd']) for row in table['rows'])
-    teacher, eight, three = table['rows']
+    teacher, eight, three, tuned = table['rows']
     assert teacher['psnr_to_teacher'] is None
     assert eight['psnr_to_teacher'] > three['psnr_to_teacher']
+    assert tuned['psnr_to_teacher'] != three['psnr_to_teacher']
     assert table['protocol']['num_images'] == 12
+
+
+def test_every_row_tells_what_it_took(workdir):
+    table = json.loads((workdir / 'table.json').read_text())
+    for row in table['rows']:
+        assert row['cell_seconds'] > 0 and row['peak_mb'] > 10, row['name']
+    teacher, eight, _, tuned = table['rows']
+    assert teacher['trained_parameters'] is teacher['training_mb'] is None
+    assert eight['trained_parameters'] == 0 and eight['training_mb'] is eight['set_mb'] is None
+    assert 10 < tuned['training_mb'] <= tuned['peak_mb']
+    # The scales, in float32.
+    assert tuned['set_mb'] == pytest.approx(4e-6 * tuned['trained_parameters'])
+    for title in ('all s', 'peak MB', 'set MB'):
+        assert title in (workdir / 'table.md').read_text()
+        assert title in (workdir / 'compare.html').read_text()
+
+
+def test_images_of_the_teacher_to_learn_from_are_not_those_that_are_evaluated(workdir):
+    def read(path):
+        with np.load(path) as arrays:
+            return arrays['arr_0']
+
+    learnt = read(workdir / 'adapt_images' / '6' / 'images.npz')
+    drawn = read(workdir / 'samples' / 'teacher' / 'images.npz')
+    assert learnt.shape == (6, *drawn.shape[1:])
+    assert not any(np.array_equal(a, b) for a in learnt for b in drawn)
 
 
 def test_table_and_page_show_every_setting(workdir):
@@ -106,11 +140,14 @@ def test_cells_made_before_a_stop_are_kept(workdir, config, tmp_path, monkeypatc
         compare.run(config, tmp_path)
     partial = json.loads((tmp_path / 'table.json').read_text())['rows']
     assert [row['name'] for row in partial] == ['teacher', 'rtn_w8a8']
+    before = json.loads((tmp_path / 'cells' / 'rtn_w3a3.costs.json').read_text())
     compare.run(config, tmp_path)
     rows, whole = (
         json.loads((folder / 'table.json').read_text())['rows'] for folder in (tmp_path, workdir)
     )
     assert [row['fd'] for row in rows] == [row['fd'] for row in whole]
+    # What was spent before the stop counts.
+    assert rows[2]['cell_seconds'] > before['cell_seconds'] > 0
 
 
 def test_a_comparison_of_nothing_is_refused(config, tmp_path):

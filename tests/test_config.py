@@ -130,8 +130,8 @@ def test_lists_become_tuples():
         ({'students': {'a': {'method': 'x'}}}, "config.students.a.method='x': expected a dict"),
         (
             {'students': {'a': {'method': {'name': 'eficientdm'}}}},
-            'expected one of round_to_nearest, efficientdm, lsq, ptqd, qdiffusion, repq_vit, '
-            'svdquant, tcaq_dm, tfmq_dm, tuneqdm; '
+            'expected one of round_to_nearest, efficientdm, full_finetuning, lsq, ptqd, '
+            'qdiffusion, qlora, repq_vit, svdquant, tcaq_dm, tfmq_dm, tuneqdm; '
             "did you mean 'efficientdm'?",
         ),
         (

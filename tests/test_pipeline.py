@@ -54,7 +54,7 @@ def get_config(arg=None):
     return config
 """
 # What depends on the machine's speed.
-TIMINGS = ('images_per_second', 'finetune_seconds')
+TIMINGS = ('images_per_second', 'finetune_seconds', 'training_mb')
 
 
 def make_files(folder):

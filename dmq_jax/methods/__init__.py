@@ -2,10 +2,12 @@
 
 from dmq_jax.config import (
     EfficientDMConfig,
+    FullFinetuningConfig,
     LSQConfig,
     MethodConfig,
     PTQDConfig,
     QDiffusionConfig,
+    QLoRAConfig,
     RepQViTConfig,
     RoundToNearestConfig,
     SVDQuantConfig,
@@ -15,9 +17,11 @@ from dmq_jax.config import (
 )
 from dmq_jax.methods import (
     efficientdm,
+    full_finetuning,
     lsq,
     ptqd,
     qdiffusion,
+    qlora,
     repq_vit,
     round_to_nearest,
     svdquant,
@@ -31,9 +35,11 @@ from dmq_jax.quant.plan import Plan
 METHODS = {
     RoundToNearestConfig: round_to_nearest.make,
     EfficientDMConfig: efficientdm.make,
+    FullFinetuningConfig: full_finetuning.make,
     LSQConfig: lsq.make,
     PTQDConfig: ptqd.make,
     QDiffusionConfig: qdiffusion.make,
+    QLoRAConfig: qlora.make,
     RepQViTConfig: repq_vit.make,
     SVDQuantConfig: svdquant.make,
     TCAQDMConfig: tcaq_dm.make,

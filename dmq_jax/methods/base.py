@@ -18,9 +18,10 @@ from which `quant.rows.at_timestep` picks. Scales of weights that change with ti
 tables on the input and the output of the integer product, so even then the codes stay the same.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import traverse_util
@@ -28,10 +29,11 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from dmq_jax.quant import numerics, observers
 from dmq_jax.quant import plan as plan_lib
+from dmq_jax.quant.integer import integer_weight
 from dmq_jax.quant.layers import fake_quantized
 from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import LayerSpec, Plan
-from dmq_jax.quant.tensor import expand
+from dmq_jax.quant.tensor import expand, pack
 
 State = dict[str, Any]
 Stats = Mapping[str, Mapping[str, TensorStats]]
@@ -42,7 +44,8 @@ class WeightCodes(NamedTuple):
     """A weight on its integer grid, differentiable.
 
     Attributes:
-      codes: integer-valued floats in the order of the weight.
+      codes: integer-valued floats in the order of the weight; or, of integers that stand still,
+        those of `quant.integer.integer_weight`.
       scale: `scale_shape`.
       zero_point: `scale_shape`.
     """
@@ -161,6 +164,8 @@ class Method(NamedTuple):
       channel_stats: whether `init` wants statistics with the ranges of single channels.
       correct: `(student's predictions, teacher's) -> Correction`, both [S, N, H, W, C]: fits a
         correction to the network that was bound last; None: the method has none.
+      beside: `state -> Bound`, all that `bind` makes but the weights, of a method whose integers
+        stand still while it learns; None: they change.
     """
 
     init: Callable[[PyTree, Stats, Key[Array, '']], State]
@@ -172,6 +177,7 @@ class Method(NamedTuple):
     joint: JointBlock | None = None
     channel_stats: bool = False
     correct: Callable[[Array, Array], Correction] | None = None
+    beside: Callable[[State], Bound] | None = None
 
 
 def output_loss(student: Prediction, teacher: Prediction) -> Float[Array, '']:
@@ -199,6 +205,32 @@ def frozen(state: State, decay: optax.Schedule) -> optax.GradientTransformation:
     """The optimizer of a method that learns nothing."""
     del state, decay
     return optax.set_to_zero()
+
+
+def num_trained(state: State, optimizers: Iterable[Callable[[State, optax.Schedule], Any]]) -> int:
+    """How many numbers of a state move under any of these optimizers.
+
+    Args:
+      state: from `Method.init`, or its shapes.
+      optimizers: of a method, or of its phases.
+    """
+    optimizers = list(optimizers)
+    if not optimizers:
+        return 0
+
+    def moves(state: State) -> PyTree:
+        found = jax.tree.map(lambda leaf: jnp.zeros((), bool), state)
+        for make in optimizers:
+            optimizer = make(state, lambda step: 1.0)
+            slope = jax.tree.map(jnp.ones_like, state)
+            with jax.numpy_dtype_promotion('standard'):
+                updates, _ = optimizer.update(slope, optimizer.init(state), state)
+            found = jax.tree.map(lambda old, leaf: old | jnp.any(leaf != 0), found, updates)
+        return found
+
+    found = jax.jit(moves)(jax.tree.map(lambda leaf: jnp.ones(leaf.shape), state))
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True)
+    return sum(leaf.size for leaf, has_moved in pairs if has_moved)
 
 
 def per_group(
@@ -279,6 +311,15 @@ def quantize_weight(
     return WeightCodes(codes, scale, zero_point)
 
 
+def calibrated_weights(plan: Plan, params: PyTree, state: State) -> dict[str, WeightCodes]:
+    """The kernels of `params` on the grids of `state['calibrated']`; nothing has a gradient."""
+    fixed = jax.lax.stop_gradient
+    return {
+        path: quantize_weight(fixed(get_kernel(params, path)), **fixed(start), spec=plan[path])
+        for path, start in state['calibrated']['weight'].items()
+    }
+
+
 def dequantize_weight(weight: WeightCodes) -> Float[Array, '...']:
     """The real weight that the codes stand for."""
     shape = weight.codes.shape
@@ -300,6 +341,23 @@ def with_kernels(params: PyTree, kernels: Mapping[str, Array]) -> PyTree:
         pieces = [jnp.asarray(kernels[part.path]) for part in found]
         leaves[f'{layer}/kernel'] = jnp.concatenate(pieces, axis=-2)
     return with_leaves(params, leaves)
+
+
+def without_kernels(params: PyTree, paths: Iterable[str]) -> PyTree:
+    """`params` without the kernels of the layers at `paths`, or of those that they are parts of."""
+    flat = traverse_util.flatten_dict(params, sep='/')
+    gone = {f'{plan_lib.layer_at(path)}/kernel' for path in paths}
+    kept = {name: leaf for name, leaf in flat.items() if name not in gone}
+    return traverse_util.unflatten_dict(kept, sep='/')
+
+
+def freeze(method: Method, plan: Plan, params: PyTree, state: State) -> dict[str, WeightCodes]:
+    """The weights of a method with `beside`, packed; they serve every state that it learns."""
+    weights = {}
+    for path, weight in jax.jit(method.bind)(params, state).weights.items():
+        entry = integer_weight(pack(*weight, spec=plan[path].weight))
+        weights[path] = WeightCodes(entry['codes'], entry['scale'], entry['zero_point'])
+    return weights
 
 
 def with_leaves(params: PyTree, leaves: Mapping[str, Array]) -> PyTree:

@@ -56,18 +56,14 @@ def make(config: TuneQDMConfig, plan: Plan, num_train_timesteps: int) -> base.Me
         return state
 
     def bind(params, state):
-        calibrated = jax.lax.stop_gradient(state['calibrated'])
-        weights = {
-            path: base.quantize_weight(
-                jax.lax.stop_gradient(base.get_kernel(params, path)), **start, spec=plan[path]
-            )
-            for path, start in calibrated['weight'].items()
-        }
+        weights = base.calibrated_weights(plan, params, state)
+        return beside(state)._replace(weights=weights)
+
+    def beside(state):
+        tables = jax.lax.stop_gradient(state['calibrated']['input'])
         ends = [end for end in ('input', 'output') if end in state]
         channels = {path: {end: state[end][path][::-1] for end in ends} for path in state['output']}
-        return base.Bound(
-            weights, calibrated['input'], channels=channels, channel_timesteps=centres
-        )
+        return base.Bound({}, tables, channels=channels, channel_timesteps=centres)
 
     def optimizer(state, decay):
         def rule():
@@ -79,4 +75,4 @@ def make(config: TuneQDMConfig, plan: Plan, num_train_timesteps: int) -> base.Me
         groups = {name: rule() for name in state}
         return base.per_group(groups | {'calibrated': optax.set_to_zero()})
 
-    return base.Method(init, bind, base.output_loss, optimizer)
+    return base.Method(init, bind, base.output_loss, optimizer, beside=beside)

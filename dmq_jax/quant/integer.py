@@ -8,6 +8,7 @@ the product wherever one scale per output serves the whole sum.
 
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -26,6 +27,7 @@ from kernels.int_conv.api import int_conv
 from kernels.int_matmul import api as int_matmul_api
 from kernels.int_matmul.api import int_matmul
 
+WIDE = 16  # bits of the only codes that int8 does not carry, those of a softmax
 NIBBLE = 4  # bits of the widest codes that are stored two to a byte
 
 
@@ -63,6 +65,8 @@ def integer_product(
     """A product of two activations on integers, zero points taken out of the sum exactly."""
     if 'powers' in lhs_rows or 'roots' in lhs_rows:
         return _product_of_powers(lhs, rhs, lhs_rows, rhs_rows, lhs_spec, rhs_spec)
+    if lhs_spec.bits == WIDE:
+        return _product_of_wide(lhs, rhs, lhs_rows, rhs_rows, lhs_spec, rhs_spec)
     a, a_zero = carry_codes(lhs, lhs_rows, lhs_spec)
     b, b_zero = carry_codes(rhs, rhs_rows, rhs_spec)
     bounds = {'x_max': _largest(lhs_spec), 'w_max': _largest(rhs_spec)}
@@ -113,21 +117,37 @@ def _product_of_powers(lhs, rhs, lhs_rows, rhs_rows, lhs_spec, rhs_spec):
     return (total * scale).astype(lhs.dtype)
 
 
+def _product_of_wide(lhs, rhs, lhs_rows, rhs_rows, lhs_spec, rhs_spec):
+    """`integer_product` of unsigned 16-bit codes: two int8 products, one for each byte."""
+    scale, zero_point = (per_image(lhs_rows[name], lhs.ndim) for name in ('scale', 'zero_point'))
+    w = numerics.quantize(lhs.astype(jnp.float32), scale, zero_point, *lhs_spec.grid)
+    codes, zero = carry_codes(rhs, rhs_rows, rhs_spec)
+    total = _digit_products(w.astype(jnp.int32), (codes, zero), _largest(rhs_spec), lhs_spec.bits)
+    # What the zero point adds, which is 0 unless a method has learnt another.
+    sums = jnp.sum(codes.astype(jnp.int32), axis=-1)[..., None, :]
+    if zero is not None:
+        sums = sums - codes.shape[-1] * per_image(zero, sums.ndim)
+    total = total - jnp.round(zero_point) * sums.astype(jnp.float32)
+    unit = per_image(lhs_rows['scale'] * rhs_rows['scale'], total.ndim)
+    return (total * unit).astype(lhs.dtype)
+
+
 def _digit_products(w, carried, rhs_max, num_bits):
     """W times the codes of an operand, minus its zero point, for integers 0 <= w < 2^num_bits.
 
-    The digits of w to the base 128 are int8, so that a few int8 products give the sum exactly,
-    whichever grid is in use at a timestep.
+    The bytes of w, shifted into int8, are the operands of a few int8 products, whose sums are
+    exact, whichever grid is in use at a timestep.
     """
     codes, zero = carried
+    code_sums = jnp.sum(codes.astype(jnp.int32), axis=-1)[..., None, :]
     total = 0.0
-    for digit in range(-(-num_bits // 7)):
-        a = (jnp.right_shift(w, 7 * digit) & 127).astype(jnp.int8)
-        acc = int_matmul(a, codes, x_max=127, w_max=rhs_max)
+    for index in range(-(-num_bits // 8)):
+        digit = jnp.right_shift(w, 8 * index) & 255
+        acc = int_matmul((digit - 128).astype(jnp.int8), codes, x_max=255, w_max=rhs_max)
+        acc = acc + 128 * code_sums
         if zero is not None:
-            sums = jnp.sum(a.astype(jnp.int32), axis=-1)[..., :, None]
-            acc = acc - per_image(zero, acc.ndim) * sums
-        total = total + acc.astype(jnp.float32) * 2.0 ** (7 * digit)
+            acc = acc - per_image(zero, acc.ndim) * jnp.sum(digit, axis=-1)[..., :, None]
+        total = total + acc.astype(jnp.float32) * 2.0 ** (8 * index)
     return total
 
 
@@ -177,12 +197,18 @@ def straight_through_layer(
 
     Its value is that of integer mode where that is faster than float (`products`), its gradients
     those of the product of the real values that the codes stand for. `channels` and `part` as in
-    `integer_layer`.
+    `integer_layer`. Codes of an integer dtype are those of `integer_weight` and stand still: they
+    have no gradient, and no float copy of them waits for the backward pass.
 
     Raises:
       NotImplementedError: see `integer_layer`.
     """
     geometry = None if isinstance(module, nn.Dense) else conv_geometry(module, x.shape)
+    scaled = scale_channels(x.astype(jnp.float32), channels, 'input')
+    if jnp.issubdtype(weight['codes'].dtype, jnp.integer):
+        y = _frozen_product(module, geometry, scaled, rows, dict(weight), spec)
+        y = scale_channels(y, channels, 'output')
+        return _with_bias(module, y, part).astype(module.dtype or x.dtype)
 
     # A checkpoint for each layer: only `x` and the codes wait for the backward pass, and what is
     # repeated there is repeated when this layer's turn comes, one layer at a time.
@@ -204,9 +230,58 @@ def straight_through_layer(
             value = _accumulate(module, *jax.lax.stop_gradient((x, rows, entry)), spec)
         return products.with_float_gradients(geometry, x_hat, kernel, jax.lax.stop_gradient(value))
 
-    scaled = scale_channels(x.astype(jnp.float32), channels, 'input')
     y = scale_channels(multiply(scaled, rows, dict(weight)), channels, 'output')
     return _with_bias(module, y, part).astype(module.dtype or x.dtype)
+
+
+class _Frozen(NamedTuple):
+    """What a product of integers that stand still is, besides its operands."""
+
+    geometry: products.Geometry
+    kernel_size: tuple[int, ...]
+    spec: QuantSpec
+    x_shape: tuple[int, ...]
+
+    def kernel(self, weight: Mapping[str, Array], after: Array) -> Array:
+        """The real kernel, once `after` is there."""
+        weight = {**weight, 'codes': _ordered(after, weight['codes'])}
+        return _real_kernel(weight, self.spec, self.x_shape[-1], self.kernel_size)
+
+
+def _frozen_product(module, geometry, x, rows, weight, spec):
+    """The product with the integers of an entry of `integer_weight`."""
+    frozen = _Frozen(geometry, _kernel_size(module), spec.weight, x.shape)
+    x_hat = x if rows is None else fake_quantize_input(x, rows, spec.inputs)
+    if rows is None or 'gate' in rows or not products.integers_are_faster():
+        kernel = frozen.kernel(weight, x_hat)
+        value = products.product(jax.lax.stop_gradient(x_hat), kernel, geometry)
+    else:
+        value = _accumulate(module, *jax.lax.stop_gradient((x, rows)), weight, spec)
+    return _with_input_gradient(frozen, x_hat, weight, value)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_input_gradient(frozen, x, weight, value):
+    """`value`, made otherwise, with the gradient for `x` of its product with the integers."""
+    del frozen, x, weight
+    return value
+
+
+def _keep_integers(frozen, x, weight, value):
+    del frozen, x
+    return value, weight
+
+
+def _to_input(frozen, weight, g):
+    kernel = frozen.kernel(weight, g)
+    shape = jax.ShapeDtypeStruct(frozen.x_shape, g.dtype)
+    transposed = jax.linear_transpose(
+        lambda x: products.product(x, kernel, frozen.geometry), shape
+    )  # fmt: skip
+    return *transposed(g), None, None
+
+
+_with_input_gradient.defvjp(_keep_integers, _to_input)
 
 
 def scaled_layer(
@@ -384,11 +459,15 @@ def _after(x: Array, codes: Array) -> Array:
     schedules, so the order is a dependency that it cannot see through: on NaN, which no integer
     represents anyway. Not on several devices, which would have to tell one another of it.
     """
-    is_alone = jax.default_backend() == 'cpu' and jax.device_count() == 1
-    if codes.dtype != jnp.uint8 or not is_alone:
+    return _ordered(x, codes) if codes.dtype == jnp.uint8 else codes
+
+
+def _ordered(x: Array, codes: Array) -> Array:
+    """`codes`, not before `x` is there; see `_after`."""
+    if jax.default_backend() != 'cpu' or jax.device_count() > 1:
         return codes
     first = x[(0,) * x.ndim]
-    return codes ^ (first != first).astype(jnp.uint8)
+    return codes ^ (first != first).astype(codes.dtype)
 
 
 def _takes_nibbles(x_shape, w_shape, spec, geometry):
@@ -411,12 +490,7 @@ def _half_quantized(module, x, rows, weight, spec, part):
     if weight is None:
         kernel = _kernel(module, part)
     else:
-        codes = _int8_codes(weight, spec.weight, x.shape[-1], _kernel_size(module))
-        codes = jnp.moveaxis(codes, 0, -1).astype(jnp.float32)
-        zero_point = jnp.zeros(())
-        if _keeps_zero_point(spec.weight):
-            zero_point = expand(weight['zero_point'].astype(jnp.float32), codes.shape)
-        kernel = numerics.dequantize(codes, expand(weight['scale'], codes.shape), zero_point)
+        kernel = _real_kernel(weight, spec.weight, x.shape[-1], _kernel_size(module))
     x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
     if isinstance(module, nn.Dense):
         return x @ kernel
@@ -424,6 +498,16 @@ def _half_quantized(module, x, rows, weight, spec, part):
     return jax.lax.conv_general_dilated(
         x, kernel, strides, padding, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
+
+
+def _real_kernel(weight, spec, channels, kernel_size):
+    """The float kernel that an entry of `integer_weight` stands for."""
+    codes = _int8_codes(weight, spec, channels, kernel_size)
+    codes = jnp.moveaxis(codes, 0, -1).astype(jnp.float32)
+    zero_point = jnp.zeros(())
+    if _keeps_zero_point(spec):
+        zero_point = expand(weight['zero_point'].astype(jnp.float32), codes.shape)
+    return numerics.dequantize(codes, expand(weight['scale'], codes.shape), zero_point)
 
 
 def _accumulate(module, x, rows, weight, spec):

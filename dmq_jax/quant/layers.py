@@ -13,7 +13,9 @@ called.
 """
 
 import contextlib
+import contextvars
 import functools
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from jax.extend import core
 from jaxtyping import Array, Float, PyTree
 
 from dmq_jax.quant import observers
@@ -183,7 +186,7 @@ def _intercepted(plan: Plan, action: Callable[[_Site], Any]) -> Iterator[None]:
         module = context.module
         if context.method_name != '__call__':
             return next_fun(*args, **kwargs)
-        path = '/'.join(module.path)
+        path = _path_of(module)
         if _is_fused(module) and path in unfused:
             return getattr(module, _UNFUSED)(*args, **kwargs)
         kind = layer_kind(module)
@@ -239,6 +242,81 @@ def recorded_calls(is_wanted: Callable[[str], bool]) -> Iterator[dict[str, Call]
 
     with nn.intercept_methods(intercept):
         yield calls
+
+
+@contextlib.contextmanager
+def recomputed(pattern: str) -> Iterator[None]:
+    """Within it, some modules keep for the backward pass no more than what they were called with.
+
+    Whatever is computed inside them is computed again when its turn comes. `jax.checkpoint` would
+    do, were it not for XLA on CPU: it drops the barriers that keep the two computations apart, and
+    then keeps what one of them made.
+
+    Args:
+      pattern: regular expression over module paths; outermost modules whose whole path matches.
+    """
+
+    def intercept(next_fun, args, kwargs, context):
+        module, inside = context.module, _prefix.get()
+        path = _path_of(module)
+        if inside or context.method_name != '__call__' or not re.fullmatch(pattern, path):
+            return next_fun(*args, **kwargs)
+        alone = module.clone(parent=None, name=None)
+
+        def run(variables, inputs):
+            with _standing_at(path):
+                return alone.apply(variables, *inputs[0], **inputs[1])
+
+        return _run_again(run, module.variables, (args, kwargs))
+
+    with nn.intercept_methods(intercept):
+        yield
+
+
+def _run_again(run: Callable[..., Array], variables: PyTree, inputs: PyTree) -> Array:
+    """`run(variables, inputs)`, of which nothing is kept but the arguments."""
+    # Traced once, here, where the hooks are in force: a backward pass comes after they have gone.
+    traced, shape = jax.make_jaxpr(run, return_shape=True)(variables, inputs)
+    leaves = jax.tree.leaves((variables, inputs))
+    num_variables = len(leaves) - len(jax.tree.leaves(inputs))
+
+    @jax.custom_vjp
+    def call(*leaves):
+        return core.jaxpr_as_fun(traced)(*leaves)
+
+    def forward(*leaves):
+        return call(*leaves), leaves
+
+    def backward(leaves, g):
+        # What `jax.checkpoint` does to keep the two computations apart.
+        leaves, g = jax.lax.optimization_barrier((leaves, g))
+        if jax.default_backend() == 'cpu' and jax.device_count() == 1:
+            # Not before the gradient is there, which no compiler can see to be no dependency.
+            first = g[0][(0,) * g[0].ndim]
+            late = [jnp.where(first != first, jnp.zeros_like(a), a) for a in leaves[num_variables:]]
+            leaves = *leaves[:num_variables], *late
+        return jax.vjp(core.jaxpr_as_fun(traced), *leaves)[1](g)
+
+    call.defvjp(forward, backward)
+    return jax.tree.unflatten(jax.tree.structure(shape), call(*leaves))
+
+
+# The path at which a module runs that was taken out of its network.
+_prefix: contextvars.ContextVar[str] = contextvars.ContextVar('prefix', default='')
+
+
+@contextlib.contextmanager
+def _standing_at(path: str) -> Iterator[None]:
+    token = _prefix.set(path)
+    try:
+        yield
+    finally:
+        _prefix.reset(token)
+
+
+def _path_of(module: nn.Module) -> str:
+    """The path of a module in its network, even if it runs alone."""
+    return '/'.join(filter(None, (_prefix.get(), *module.path)))
 
 
 def observe_inputs(

@@ -24,14 +24,14 @@ def integer_grid(bits: int, symmetric: bool) -> tuple[int, int]:
     """The ends (qmin, qmax) of the grid.
 
     Args:
-      bits: width, 2..8.
+      bits: width, 2..8, or 16.
       symmetric: signed around zero, or unsigned with a zero point.
 
     Raises:
       ValueError: for another width.
     """
-    if not 2 <= bits <= 8:
-        raise ValueError(f'bits={bits}: expected 2..8.')
+    if not 2 <= bits <= 8 and bits != 16:
+        raise ValueError(f'bits={bits}: expected 2..8, or 16.')
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
 
 

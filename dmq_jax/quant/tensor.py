@@ -18,7 +18,7 @@ class QuantSpec:
     """How a tensor is mapped to integers; static and hashable.
 
     Attributes:
-      bits: width of the codes, 2..8.
+      bits: width of the codes, 2..8; 16 for a softmax that attention multiplies by.
       symmetric: signed grid around zero, or unsigned grid with a zero point.
       per_channel: one scale per entry of the last axis (output channels); otherwise one for all.
       group_size: entries of the contraction axis that share a scale, with `per_channel`; None
@@ -27,7 +27,7 @@ class QuantSpec:
       percentile: per cent of the values inside the range of a 'percentile' observer.
 
     Raises:
-      ValueError: a width outside 2..8, or groups without channels.
+      ValueError: another width, or groups without channels.
     """
 
     bits: int

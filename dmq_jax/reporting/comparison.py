@@ -25,8 +25,8 @@ def setting(row: Row) -> str:
 
 
 def method_name(row: Row) -> str:
-    """A method as its paper calls it; one scale for all timesteps is said."""
-    name = METHODS.get(row['method'], row['method'])
+    """A method as its paper or its config calls it; one scale for all timesteps is said."""
+    name = row.get('title') or METHODS.get(row['method'], row['method'])
     return name if row['per_timestep'] else f'{name}, static'
 
 

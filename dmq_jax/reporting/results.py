@@ -19,7 +19,8 @@ IMPLEMENTATIONS = 'implementations.json'  # beside the images that a student dre
 METHODS = {
     'round_to_nearest': 'round to nearest', 'efficientdm': 'EfficientDM',
     'qdiffusion': 'Q-Diffusion', 'tcaq_dm': 'TCAQ-DM', 'tuneqdm': 'TuneQDM', 'lsq': 'LSQ',
-    'svdquant': 'SVDQuant', 'ptqd': 'PTQD', 'tfmq_dm': 'TFMQ-DM', 'repq_vit': 'RepQ-ViT',
+    'qlora': 'QLoRA', 'full_finetuning': 'full fine-tuning', 'svdquant': 'SVDQuant',
+    'ptqd': 'PTQD', 'tfmq_dm': 'TFMQ-DM', 'repq_vit': 'RepQ-ViT',
 }  # fmt: skip
 
 

@@ -39,6 +39,10 @@ def _fixed(digits: int) -> Callable[[float], str]:
     return lambda value: f'{value:.{digits}f}'
 
 
+def _thousands(value: float) -> str:
+    return f'{value / 1000:,.1f} k'
+
+
 def columns(distance: str) -> list[Column]:
     """The columns of the results, for the distance named."""
     return [
@@ -51,6 +55,11 @@ def columns(distance: str) -> list[Column]:
         Column('size_mb', 'MB', _fixed(2), min, lambda t, s: t / s, 'of the file'),
         Column('images_per_second', 'images/s', _fixed(1), max, lambda t, s: s / t, 'sampled'),
         Column('finetune_seconds', 'tuning s', _fixed(0), None, None, 'time of fine-tuning'),
+        Column('training_mb', 'tuning MB', _fixed(0), None, None, 'memory of fine-tuning'),
+        Column('trained_parameters', 'trained', _thousands, None, None, 'numbers that were tuned'),
+        Column('set_mb', 'set MB', _fixed(3), None, None, 'of tuning the same integers again'),
+        Column('cell_seconds', 'all s', _fixed(0), None, None, 'from calibration to metrics'),
+        Column('peak_mb', 'peak MB', _fixed(0), None, None, 'memory of all that'),
     ]
 
 
@@ -76,7 +85,7 @@ def metrics_table(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
       protocol: of `metrics.json`.
       rows: one per network.
     """
-    table = columns(protocol['distance'])
+    table = [c for c in columns(protocol['distance']) if any(is_known(row, c.key) for row in rows)]
     best = best_values(table, rows)
     cells = [['network', 'bits', *(column.title for column in table)]]
     for row in rows:

@@ -13,9 +13,11 @@ from dmq_jax.config import (
     ChannelFactorsConfig,
     EfficientDMConfig,
     FinetuneConfig,
+    FullFinetuningConfig,
     LSQConfig,
     PTQDConfig,
     QDiffusionConfig,
+    QLoRAConfig,
     RepQViTConfig,
     RoundToNearestConfig,
     SamplerConfig,
@@ -66,6 +68,8 @@ CONFIGS = [
         learning=BlockLearningConfig(rounding_learning_rate=0.2, input_scale_learning_rate=2e-2)
     ),
     TuneQDMConfig(learning_rate=2e-2),
+    QLoRAConfig(rank=2, learning_rate=2e-2),
+    FullFinetuningConfig(learning_rate=1e-2),
 ]  # fmt: skip
 IDS = [config.name for config in CONFIGS]
 LEARNABLE = [
@@ -205,7 +209,8 @@ def moved_layers(trained, first):
     """Layers with a weight of which anything that is bound has changed."""
 
     def parts(bound, path):
-        return bound.weights[path], bound.tables.get(path), bound.channels.get(path)
+        beside = bound.tables, bound.channels, bound.branches
+        return bound.weights[path], *(entries.get(path) for entries in beside)
 
     def same(path):
         pairs = zip(*(leaves(parts(b, path)).values() for b in (first, trained.bound)), strict=True)
@@ -255,6 +260,16 @@ def test_codes_are_integers_on_their_grid_with_positive_scales(trained, plan):
             np.testing.assert_array_equal(zeros, np.rint(zeros))
             assert qmin <= zeros.min() and zeros.max() <= qmax
             assert float(table['scale'].min()) > 0
+
+
+def test_integers_that_stand_still_are_bound_from_the_state_alone(trained, teacher):
+    if trained.method.beside is None:
+        pytest.skip('the integers of this method change while it learns')
+    first = trained.bind(teacher.params, trained.start)
+    assert_same(trained.bound.weights, first.weights)
+    beside = jax.jit(trained.method.beside)(trained.state)
+    assert not beside.weights
+    assert_same(beside._replace(weights=trained.bound.weights), trained.bound)
 
 
 def test_float_parameters_are_untouched(trained, teacher):

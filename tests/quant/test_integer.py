@@ -355,7 +355,76 @@ def test_codes_in_the_collection_train_as_a_rounded_kernel_does(kind, weight, in
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * (1 + float(jnp.abs(b).max())))
 
 
-@pytest.mark.parametrize('softmax_bits', [3, 4, 8])
+FROZEN_WEIGHTS = [
+    QuantSpec(bits=2, symmetric=True, per_channel=True),
+    QuantSpec(bits=4, symmetric=False, per_channel=True, group_size=1),
+    QuantSpec(bits=8, symmetric=False, per_channel=True),
+]
+
+
+@pytest.mark.parametrize('inputs', [None, QuantSpec(bits=4, symmetric=False)], ids=str)
+@pytest.mark.parametrize('weight', FROZEN_WEIGHTS, ids=str)
+@pytest.mark.parametrize('kind', ['dense', 'conv'])
+def test_integers_that_stand_still_train_what_is_around_them_alike(kind, weight, inputs):
+    layer = {'dense': nn.Dense(5), 'conv': nn.Conv(5, (3, 3), strides=2)}[kind]
+    module, spec = Single(layer), LayerSpec(weight=weight, inputs=inputs)
+    shape = (2, 5) if kind == 'dense' else (3, 3, 2, 5)
+    tensor, codes, scale, zero_point = random_weight(shape, weight)
+    rng = np.random.default_rng(3)
+    params = {'layer': {'bias': jnp.asarray(rng.standard_normal(5), jnp.float32)}}
+    factors = {
+        'input': jnp.asarray(rng.uniform(0.5, 2, 2), jnp.float32),
+        'output': jnp.asarray(rng.uniform(0.5, 2, 5), jnp.float32),
+    }
+    floats = {'codes': codes, 'scale': scale, 'zero_point': zero_point}
+    floats = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), floats)
+    entry = integer.integer_weight(tensor)
+    rows = {} if inputs is None else {'input': rows_for(inputs, 3, per_sample=False)}
+
+    def loss(arguments, entry):
+        x, factors = arguments
+        quant = {'layer': {**rows, 'weight': entry, 'channels': factors}}
+        with layers.fake_quantized({'layer': spec}):
+            y = module.apply({'params': params, 'quant': quant}, x)
+        return jnp.sum(jnp.sin(y))
+
+    run = jax.jit(jax.value_and_grad(loss), compiler_options=FAST_COMPILE)
+    (got, gradients), (want, expected) = run((X, factors), entry), run((X, factors), floats)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    # The same sums in another order.
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradients, expected
+    )
+
+
+@pytest.mark.parametrize('zero_point', [0, 300])
+@pytest.mark.parametrize('value_bits', [4, 8])
+def test_a_softmax_of_16_bits_is_exact(value_bits, zero_point):
+    rng = np.random.default_rng(2)
+    inputs = QuantSpec(bits=value_bits, symmetric=value_bits == 4)
+    spec = LayerSpec(weight=None, inputs=inputs, lhs=QuantSpec(bits=16, symmetric=False))
+    lhs = rng.dirichlet(np.full(40, 0.1), (2, 3)).astype(np.float32)  # [B, M, K]
+    rhs = rng.standard_normal((2, 5, 40)).astype(np.float32)
+    rhs_rows = rows_for(inputs, 2, per_sample=True)
+    lhs_rows = {
+        'scale': jnp.asarray([2.0**-16, 2.0**-15]),
+        'zero_point': jnp.asarray([0.0, zero_point]),
+    }
+    got = run_integer(Product(), spec, [lhs, rhs], {'lhs': lhs_rows, 'rhs': rhs_rows})
+    a, a_scale = shifted_codes(lhs, lhs_rows, spec.lhs)
+    b, b_scale = shifted_codes(rhs, rhs_rows, inputs)
+    assert a.max() > 2**14
+    want = a @ b.swapaxes(-1, -2) * a_scale * b_scale
+    # Sums of three exact ones, rounded to float32 each.
+    np.testing.assert_allclose(got, want, rtol=0, atol=8 * EPS * np.abs(want).max())
+
+    with layers.fake_quantized({'layer': spec}):
+        quant = {'layer': {'lhs': lhs_rows, 'rhs': rhs_rows}}
+        fake = Single(Product()).apply({'params': {}, 'quant': quant}, lhs, rhs)
+    np.testing.assert_allclose(got, fake, rtol=0, atol=16 * EPS * np.abs(want).max())
+
+
+@pytest.mark.parametrize('softmax_bits', [3, 4, 8, 16])
 @pytest.mark.parametrize('value_bits', [4, 8])
 def test_a_softmax_on_powers_or_on_an_even_grid_is_exact_as_each_row_says(softmax_bits, value_bits):
     rng = np.random.default_rng(0)

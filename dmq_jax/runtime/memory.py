@@ -1,0 +1,86 @@
+"""The most memory that a piece of work held."""
+
+import contextlib
+import ctypes
+import gc
+import resource
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+MEGABYTE = 1e6
+
+_RESET = Path('/proc/self/clear_refs')
+_STATUS = Path('/proc/self/status')
+
+
+class Peak:
+    """What `watched` finds.
+
+    Attributes:
+      mb: megabytes; complete once the block is left.
+    """
+
+    def __init__(self):
+        self.mb = 0.0
+
+    def note(self, mb: float) -> None:
+        """Takes in a measurement."""
+        self.mb = max(self.mb, mb)
+
+
+_open: list[Peak] = []
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[Peak]:
+    """The most memory that is held within it.
+
+    On CPU it is that of the process, of which Linux forgets the highest mark when told; elsewhere
+    the mark may be older than the block. On an accelerator it is that of the first device, whose
+    mark is that of the whole process. Blocks may be nested.
+    """
+    peak = Peak()
+    _note()
+    _open.append(peak)
+    _forget()
+    try:
+        yield peak
+    finally:
+        _note()
+        _open.remove(peak)
+
+
+def _note() -> None:
+    now = device_peak_mb()
+    for peak in _open:
+        peak.note(now)
+
+
+def _forget() -> None:
+    gc.collect()
+    # Given back first, what a compiler has let go counts no more; only glibc has this.
+    with contextlib.suppress(AttributeError, TypeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+    # Not everywhere allowed, and only Linux has it: the mark then is that of the whole process.
+    with contextlib.suppress(OSError):
+        _RESET.write_text('5')
+
+
+def device_peak_mb() -> float:
+    """The most memory ever held where this process computes."""
+    stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != 'cpu' else None
+    return peak_rss_mb() if not stats else stats['peak_bytes_in_use'] / MEGABYTE
+
+
+def peak_rss_mb() -> float:
+    """The most memory this process has ever held, or since Linux was told to forget."""
+    if _STATUS.is_file():
+        # Not `ru_maxrss`, which survives exec: that of a child begins with its parent's.
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith('VmHWM:'):
+                return int(line.split()[1]) * 1024 / MEGABYTE
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MEGABYTE
