@@ -49,6 +49,9 @@ def cells(size: str):
             'method': {'name': 'efficientdm', 'channels': {'strength': 0.5}}, 'finetune': tuned,
             'title': 'EfficientDM, channel factors',
         },
+        'best': {
+            'method': 'best', 'finetune': tuned, 'title': 'best: EfficientDM, branch',
+        },
         'lsq': {'method': 'lsq', 'finetune': tuned},
         'peqa': {
             'method': {'name': 'tuneqdm', 'scales': 'output', 'num_experts': 1}, 'adapt': adapt,

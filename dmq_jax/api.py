@@ -46,7 +46,7 @@ def quantize(
 
     Args:
       teacher: the float network.
-      method: 'round_to_nearest', 'efficientdm'.
+      method: 'round_to_nearest', 'efficientdm', any other of `dmq_jax.methods`, or 'best'.
       num_iterations: optimizer steps; None is 0 for round to nearest, 300 for a method that learns.
       seed: root of every random number.
       workdir: keeps the checkpoints of the fine-tuning, from which an interrupted call goes on;
@@ -68,7 +68,7 @@ def quantize(
         num_iterations = 0 if method == 'round_to_nearest' else 300
     student = config_lib.from_config_dict(
         {
-            'method': {'name': method} | (method_options or {}),
+            'method': config_lib.method_options(method) | (method_options or {}),
             'quant': quant_options,
             'finetune': {'num_iterations': num_iterations} | (finetune_options or {}),
         },

@@ -775,6 +775,25 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+# Methods with options that were measured to be good together, by name; see README, "Results".
+RECIPES: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
+    {
+        # What EfficientDM's integers cannot hold at low widths goes through SVDQuant's thin branch.
+        'best': {'name': 'efficientdm', 'branch_rank': 8},
+    }
+)
+
+
+def method_options(method: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The options that stand for a method.
+
+    Args:
+      method: the name of a method or of one of `RECIPES`, or a dict of options that includes
+        `name`.
+    """
+    return dict(RECIPES.get(method, {'name': method}) if isinstance(method, str) else method)
+
+
 def base(schema: type = Config):
     """The defaults as an `ml_collections.ConfigDict`: what `get_config()` starts from.
 
@@ -791,16 +810,14 @@ def student(method: str | Mapping[str, Any] = 'round_to_nearest', **overrides: A
     """A complete `config.students[...]` subtree, as an `ml_collections.ConfigDict`.
 
     Args:
-      method: the method's name, or a dict of its options that includes `name`.
+      method: as of `method_options`.
       **overrides: options of StudentConfig, nested: `quant={'weight_bits': 8}`.
 
     Raises:
       ValueError: as `from_config_dict`.
     """
-    options = {'name': method} if isinstance(method, str) else method
-    return _config_dict(
-        _convert({'method': options, **overrides}, StudentConfig, 'config.students.*')
-    )
+    options = {'method': method_options(method), **overrides}
+    return _config_dict(_convert(options, StudentConfig, 'config.students.*'))
 
 
 def compared(*, num_iterations: int, **quant: Any) -> dict[str, Any]:

@@ -218,6 +218,14 @@ def test_another_schema_is_read_by_the_same_rules():
         from_config_dict({'rat': 1.0}, Other)
 
 
+@pytest.mark.parametrize('name', config_lib.RECIPES)
+def test_a_recipe_is_a_method_with_options_of_its_own(name):
+    options = config_lib.RECIPES[name]
+    found = config_lib.student(name).method
+    assert {key: found[key] for key in options} == dict(options)
+    assert found.to_dict() != config_lib.student(options['name']).method.to_dict()
+
+
 def test_one_call_sets_the_samplers_of_images_calibration_and_all_learning():
     mapping = config_lib.base()
     mapping.students = {'a': config_lib.student('efficientdm'), 'b': config_lib.student()}
