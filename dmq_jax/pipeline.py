@@ -114,7 +114,8 @@ def _run_stages(context: Run, reference: evaluate.Reference | None, stages: Sequ
         measure(context, reference)
     if 'analyse' in stages:
         for name in config.students:
-            analyse(context, name)
+            if context.plans[name]:  # a float student has no layer to be looked at
+                analyse(context, name)
     record(context)
     if 'report' in stages:
         hosts.by_first(lambda: report.run(workdir, config.report))

@@ -12,6 +12,7 @@ from dmq_jax.config import (
     CalibrateConfig,
     Config,
     EvaluateConfig,
+    FullFinetuningConfig,
     MeshConfig,
     QuantConfig,
     ReportConfig,
@@ -48,6 +49,10 @@ def config(tmp_path_factory):
         student(3), method=TuneQDMConfig(),
         adapt=AdaptConfig(num_iterations=2, images='teacher', num_images=6, batch_size=4),
     )  # fmt: skip
+    tuned_float = StudentConfig(
+        method=FullFinetuningConfig(), quant=QuantConfig(weight_bits=32, activation_bits=32),
+        adapt=tuned.adapt,
+    )  # fmt: skip
     return Config(
         mesh=MeshConfig(data=1),
         teacher=TeacherConfig(path=str(teacher)),
@@ -58,7 +63,12 @@ def config(tmp_path_factory):
         ),
         sample=SampleConfig(num_images=12, batch_size=4),
         report=ReportConfig(grid_size=2),
-        students={'rtn_w8a8': student(8), 'rtn_w3a3': student(3), 'tuned': tuned},
+        students={
+            'rtn_w8a8': student(8),
+            'rtn_w3a3': student(3),
+            'tuned': tuned,
+            'float': tuned_float,
+        },
     )
 
 
@@ -71,12 +81,21 @@ def workdir(config, tmp_path_factory):
 
 def test_every_network_has_a_row_measured_like_the_others(workdir):
     table = json.loads((workdir / 'table.json').read_text())
-    assert [row['name'] for row in table['rows']] == ['teacher', 'rtn_w8a8', 'rtn_w3a3', 'tuned']
+    assert [row['name'] for row in table['rows']] == [
+        'teacher',
+        'rtn_w8a8',
+        'rtn_w3a3',
+        'tuned',
+        'float',
+    ]
     assert all(np.isfinite(row['fd']) for row in table['rows'])
-    teacher, eight, three, tuned = table['rows']
+    teacher, eight, three, tuned, tuned_float = table['rows']
     assert teacher['psnr_to_teacher'] is None
     assert eight['psnr_to_teacher'] > three['psnr_to_teacher']
     assert tuned['psnr_to_teacher'] != three['psnr_to_teacher']
+    # Two small steps away from the teacher, and nothing rounded.
+    assert tuned_float['psnr_to_teacher'] > three['psnr_to_teacher']
+    assert tuned_float['size_mb'] == pytest.approx(teacher['size_mb'], rel=0.2)
     assert table['protocol']['num_images'] == 12
 
 
@@ -84,7 +103,7 @@ def test_every_row_tells_what_it_took(workdir):
     table = json.loads((workdir / 'table.json').read_text())
     for row in table['rows']:
         assert row['cell_seconds'] > 0 and row['peak_mb'] > 10, row['name']
-    teacher, eight, _, tuned = table['rows']
+    teacher, eight, _, tuned, _ = table['rows']
     assert teacher['trained_parameters'] is teacher['training_mb'] is None
     assert eight['trained_parameters'] == 0 and eight['training_mb'] is eight['set_mb'] is None
     assert 10 < tuned['training_mb'] <= tuned['peak_mb']

@@ -16,7 +16,7 @@ import contextlib
 import contextvars
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -288,17 +288,31 @@ def _run_again(run: Callable[..., Array], variables: PyTree, inputs: PyTree) -> 
         return call(*leaves), leaves
 
     def backward(leaves, g):
-        # What `jax.checkpoint` does to keep the two computations apart.
-        leaves, g = jax.lax.optimization_barrier((leaves, g))
-        if jax.default_backend() == 'cpu' and jax.device_count() == 1:
-            # Not before the gradient is there, which no compiler can see to be no dependency.
-            first = g[0][(0,) * g[0].ndim]
-            late = [jnp.where(first != first, jnp.zeros_like(a), a) for a in leaves[num_variables:]]
-            leaves = *leaves[:num_variables], *late
-        return jax.vjp(core.jaxpr_as_fun(traced), *leaves)[1](g)
+        variables, inputs = leaves[:num_variables], leaves[num_variables:]
+        inputs = _not_before(g, inputs)
+        slopes = jax.vjp(core.jaxpr_as_fun(traced), *variables, *inputs)[1](g)
+        # Sums over activations, which would otherwise wait for the optimizer's update, and the
+        # activations with them.
+        late = _not_before(slopes[:num_variables], slopes[num_variables:])
+        return *slopes[:num_variables], *late
 
     call.defvjp(forward, backward)
     return jax.tree.unflatten(jax.tree.structure(shape), call(*leaves))
+
+
+def _not_before(first: Sequence[Array], then: Sequence[Array]) -> Sequence[Array]:
+    """`then`, which no compiler computes with before `first` is there."""
+    first, then = jax.lax.optimization_barrier((first, then))
+    heads = [a[(0,) * a.ndim] for a in first if jnp.issubdtype(a.dtype, jnp.floating) and a.size]
+    if jax.default_backend() != 'cpu' or jax.device_count() > 1 or not heads:
+        return then
+    # A dependency that XLA cannot see to be none, since it drops barriers: on NaN.
+    is_nan = functools.reduce(jnp.logical_or, [head != head for head in heads])
+    floating = [jnp.issubdtype(a.dtype, jnp.floating) for a in then]
+    return [
+        jnp.where(is_nan, jnp.full_like(a, jnp.nan), a) if is_float else a
+        for a, is_float in zip(then, floating, strict=True)
+    ]
 
 
 # The path at which a module runs that was taken out of its network.
