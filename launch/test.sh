@@ -8,4 +8,4 @@ source "$(dirname "$0")/environment.sh" requirements-test.txt requirements-text.
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 # One process per core; a file stays whole, since its tests share what they compile.
-exec .venv/bin/python -m pytest -n auto --dist loadfile "$@"
+exec .venv/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder "$@"

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 
 def _add_flag(flag):
@@ -43,6 +44,23 @@ def pytest_configure(config):
         # Half of what is left; newer versions do not know this flag, and stop at it.
         if importlib.metadata.version('jaxlib').startswith('0.10.'):
             _add_flag('--xla_cpu_use_fusion_emitters=false')
+
+
+# A file goes to one worker as a whole: those of minutes come first, so that none is left alone at the
+# end. Relative to this folder.
+_LONGEST = (
+    'test_pipeline.py', 'methods/test_all.py', 'test_exporting.py', 'test_finetune.py',
+    'test_compare.py', 'test_adapt.py', 'launch/test_local.py', 'test_train_teacher.py',
+    'metrics/test_inception.py', 'test_method_bench.py', 'test_bench.py', 'test_adm.py',
+    'test_costs.py', 'test_reconstruct.py', 'models/test_ddpm_unet.py', 'test_networks.py',
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(config, items):
+    """The longest files first; `launch/test.sh` tells pytest-xdist to keep that order."""
+    folder = Path(__file__).parent
+    places = {folder / name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def pytest_unconfigure():

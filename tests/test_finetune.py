@@ -260,11 +260,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(problem, tmp
 
 
 def test_the_loss_falls(problem, tmp_path):
-    config = make_config(num_iterations=10 * NUM_STEPS, checkpoint_every=100)
+    config = make_config(num_iterations=24 * NUM_STEPS, checkpoint_every=1000)
     run(problem, config, tmp_path)
     losses = [line['loss'] for line in log.read_metrics(tmp_path)]
-    # Whole trajectories, since the loss differs between timesteps.
-    assert np.mean(losses[-2 * NUM_STEPS :]) < 0.9 * np.mean(losses[: 2 * NUM_STEPS])
+    # Whole trajectories, since the loss differs between timesteps; enough of them that the noise of
+    # a batch does not decide (seen: 0.74).
+    assert np.mean(losses[-8 * NUM_STEPS :]) < 0.9 * np.mean(losses[: 4 * NUM_STEPS])
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(problem, tmp_path):

@@ -12,7 +12,11 @@ def measure(name):
     return method_bench.measure(tiny.teacher, method_bench.CASES[name], CONFIG)
 
 
-@pytest.fixture(scope='module', params=['svdquant', 'tfmq_dm', 'efficientdm', 'tuneqdm'])
+# One of each stage; `slow` where compiling is all the time and other tests prove what is compiled.
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('svdquant', 'tfmq_dm')]
+
+
+@pytest.fixture(scope='module', params=['round_to_nearest', 'efficientdm', 'tuneqdm', *SLOW])
 def measured(request):
     return request.param, measure(request.param)
 

@@ -122,7 +122,10 @@ def test_the_end_of_a_text_is_its_first_end_token_or_else_the_highest():
     del params['projection']
     for end_token, place in [(5, 1), (None, 4)]:
         out = jit(network.clone(end_token=end_token).apply)({'params': params}, tokens)
-        np.testing.assert_array_equal(out.pooled, out.last[:, place])
+        # Two programs of one sum: the last bit of float32 may differ.
+        np.testing.assert_allclose(out.pooled, out.last[:, place], rtol=0, atol=1e-6)
+        others = [out.last[:, i] for i in range(5) if i != place]
+        assert min(np.max(np.abs(out.pooled - other)) for other in others) > 0.01
 
 
 def test_bfloat16_computes_what_float32_does_and_keeps_float32_parameters():
