@@ -46,8 +46,8 @@ def pytest_configure(config):
             _add_flag('--xla_cpu_use_fusion_emitters=false')
 
 
-# A file goes to one worker as a whole: those of minutes come first, so that none is left alone at the
-# end. Relative to this folder.
+# A file goes to one worker as a whole: those of minutes come first, so that none is left alone at
+# the end. Relative to this folder.
 _LONGEST = (
     'test_pipeline.py', 'methods/test_all.py', 'test_exporting.py', 'test_finetune.py',
     'test_compare.py', 'test_adapt.py', 'launch/test_local.py', 'test_train_teacher.py',
