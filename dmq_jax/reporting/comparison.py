@@ -14,7 +14,7 @@ from dmq_jax.reporting.markup import document, escape, figure
 from dmq_jax.reporting.outcome_sections import images_section
 from dmq_jax.reporting.results import METHODS, NUM_COLORS, TEACHER, Artefacts, describe_sampler
 from dmq_jax.reporting.results_table import Line, results_table
-from dmq_jax.reporting.tables import columns, is_known
+from dmq_jax.reporting.tables import is_known, known_columns
 
 Row = Mapping[str, Any]
 
@@ -61,7 +61,7 @@ def markdown(table: Mapping[str, Any]) -> str:
         ),
         '',
     ]
-    shown = [c for c in columns(distance) if any(is_known(row, c.key) for row in rows)]
+    shown = known_columns(distance, rows)
     body = []
     for row in [teacher, *(r for group in settings.values() for r in group)]:
         is_teacher = row['name'] == TEACHER
@@ -185,7 +185,7 @@ def _cost_charts(settings, rows, distance) -> str:
 
 def _results(settings, rows, distance) -> str:
     """Every number of every cell, the best of each setting in bold."""
-    table = [c for c in columns(distance) if any(is_known(row, c.key) for row in rows)]
+    table = known_columns(distance, rows)
     teacher = [row for row in rows if row['name'] == TEACHER]
     groups = []
     for name, group in {'float': teacher, **settings}.items():

@@ -21,7 +21,7 @@ from dmq_jax.reporting.results import (
     find_best,
 )
 from dmq_jax.reporting.results_table import Line, results_table
-from dmq_jax.reporting.tables import columns, is_known, percent
+from dmq_jax.reporting.tables import columns, is_known, known_columns, percent
 
 CLASSES = {
     'fashion_mnist': (
@@ -161,7 +161,7 @@ def results_section(found: Artefacts) -> str:
         return absent('No metrics yet', 'evaluate')
     protocol = found.metrics['protocol']
     rows = [found.rows[n] for n in (TEACHER, *found.students) if n in found.rows]
-    table = columns(protocol['distance'])
+    table = known_columns(protocol['distance'], rows)
     lines = []
     for row in rows:
         about = 'float' if row['name'] == TEACHER else describe_student(

@@ -40,7 +40,7 @@ def _fixed(digits: int) -> Callable[[float], str]:
 
 
 def _thousands(value: float) -> str:
-    return f'{value / 1000:,.1f} k'
+    return f'{value / 1000:,.1f} k' if value else '–'
 
 
 def columns(distance: str) -> list[Column]:
@@ -61,6 +61,11 @@ def columns(distance: str) -> list[Column]:
         Column('cell_seconds', 'all s', _fixed(0), None, None, 'from calibration to metrics'),
         Column('peak_mb', 'peak MB', _fixed(0), None, None, 'memory of all that'),
     ]
+
+
+def known_columns(distance: str, rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Those of `columns` in which some row has a number."""
+    return [c for c in columns(distance) if any(is_known(row, c.key) for row in rows)]
 
 
 def best_values(table: Sequence[Column], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -85,7 +90,7 @@ def metrics_table(protocol: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
       protocol: of `metrics.json`.
       rows: one per network.
     """
-    table = [c for c in columns(protocol['distance']) if any(is_known(row, c.key) for row in rows)]
+    table = known_columns(protocol['distance'], rows)
     best = best_values(table, rows)
     cells = [['network', 'bits', *(column.title for column in table)]]
     for row in rows:

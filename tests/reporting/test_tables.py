@@ -44,3 +44,10 @@ def test_a_layer_left_alone_is_shown_as_float():
     assert tables.plan_table(layers, {})[2].split() == [
         'a', 'dense', 'float', 'float', '-', '0.0001', '0.0001'
     ]  # fmt: skip
+
+
+def test_a_column_without_any_number_is_not_shown():
+    rows = [{'name': 'teacher', 'fd': 1.0, 'set_mb': None}, {'name': 'tuned', 'fd': 2.0}]
+    assert [column.key for column in tables.known_columns('FD', rows)] == ['fd']
+    rows[1]['set_mb'] = 0.5
+    assert [column.key for column in tables.known_columns('FD', rows)] == ['fd', 'set_mb']
