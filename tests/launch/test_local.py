@@ -1,5 +1,6 @@
 """launch/local.sh: several processes on this machine end where one process ends."""
 
+import glob
 import os
 import shutil
 import signal
@@ -301,7 +302,8 @@ MARKS = ('config.json', '**/complete.json', '**/checkpoints/[0-9]*', '**/*.parts
 
 
 def marks(workdir):
-    return {path for pattern in MARKS for path in workdir.glob(pattern)}
+    # Not Path.glob, which fails where a folder is renamed while it looks.
+    return {f for mark in MARKS for f in glob.glob(mark, root_dir=workdir, recursive=True)}
 
 
 def processes_of(script):
