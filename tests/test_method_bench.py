@@ -13,10 +13,12 @@ def measure(name):
 
 
 # One of each stage; `slow` where compiling is all the time and other tests prove what is compiled.
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('svdquant', 'tfmq_dm')]
+SLOW = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ('svdquant', 'tfmq_dm', 'efficientdm')
+]
 
 
-@pytest.fixture(scope='module', params=['round_to_nearest', 'efficientdm', 'tuneqdm', *SLOW])
+@pytest.fixture(scope='module', params=['round_to_nearest', 'tuneqdm', *SLOW])
 def measured(request):
     return request.param, measure(request.param)
 
