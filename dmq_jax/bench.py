@@ -36,7 +36,6 @@ from jaxtyping import PyTree
 from dmq_jax import (
     denoisers,
     exporting,
-    finetune,
     method_bench,
     methods,
     network_bench,
@@ -46,7 +45,6 @@ from dmq_jax import (
 )
 from dmq_jax.config import (
     EfficientDMConfig,
-    FinetuneConfig,
     QuantConfig,
     RoundToNearestConfig,
     SamplerConfig,
@@ -241,18 +239,11 @@ def make_programs(
 
     def finetuning():
         method, state = begin(EfficientDMConfig())
-        options = FinetuneConfig(num_iterations=1000, batch_size=config.batch_size)
-        sampler = denoisers.make_denoiser_sampler(teacher, options.sampler)
-        optimizer = method.optimizer(state, finetune.make_decay(options))
-        loss = finetune.make_loss(teacher, method, plan, timesteps, 'nearest', options)
-        train = finetune.make_train_step(teacher, loss, optimizer, options)
-        positions = finetune.start_positions(teacher, sampler, options, teacher.params, key)
-        start = finetune.TrainState(
-            state, optimizer.init(state), positions, jnp.zeros((), jnp.int32)
+        train, arguments = method_bench.finetuning_step(
+            teacher, method, plan, timesteps, state, config.batch_size
         )
-        start = jax.tree.map(jnp.copy, start)  # donated: the teacher's leaves must survive
         return compile_program(
-            train, (start, teacher.params, sampler, key),
+            train, arguments,
             advance=lambda arguments, results: (results[0], *arguments[1:]),
         )  # fmt: skip
 

@@ -82,8 +82,7 @@ def make_cell(
             'cell_seconds': spent.get('cell_seconds', 0) + time.monotonic() - began,
             'peak_mb': max(spent.get('peak_mb', 0), peak.mb),
         }
-        if hosts.is_first():
-            log.write_json(costs, spent)
+        log.write_json(costs, spent)
     return row | spent
 
 

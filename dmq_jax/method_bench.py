@@ -241,21 +241,43 @@ def _calibrating(setup: Setup, config: BenchConfig) -> Timed:
     return Timed(seconds, compile_s, programs.peak_bytes(compiled) / memory.MEGABYTE, running_mb)
 
 
-def _finetuning(setup: Setup, config: BenchConfig) -> Timed:
-    teacher, method, key = setup.teacher, setup.method, jax.random.key(0)
-    options = FinetuneConfig(num_iterations=1000, batch_size=config.batch_size)
+def finetuning_step(
+    teacher: denoisers.Denoiser,
+    method: methods.Method,
+    plan: Mapping[str, LayerSpec],
+    timesteps: np.ndarray,
+    state: base.State,
+    batch_size: int,
+) -> tuple[Any, tuple[Any, ...]]:
+    """The train step of `finetune`, to be compiled, and its first arguments.
+
+    Args:
+      teacher: the float network.
+      method: of `state`.
+      plan: what is quantized.
+      timesteps: of the rows of the tables.
+      state: where it starts; copied, since the step donates the first argument.
+      batch_size: images per step.
+    """
+    key = jax.random.key(0)
+    options = FinetuneConfig(num_iterations=1000, batch_size=batch_size)
     sampler = denoisers.make_denoiser_sampler(teacher, options.sampler)
-    optimizer = method.optimizer(setup.state, finetune.make_decay(options))
-    loss = finetune.make_loss(teacher, method, setup.plan, setup.timesteps, 'nearest', options)
+    optimizer = method.optimizer(state, finetune.make_decay(options))
+    loss = finetune.make_loss(teacher, method, plan, timesteps, 'nearest', options)
     step = finetune.make_train_step(teacher, loss, optimizer, options)
     positions = finetune.start_positions(teacher, sampler, options, teacher.params, key)
-    start = finetune.TrainState(
-        setup.state, optimizer.init(setup.state), positions, jnp.zeros((), jnp.int32)
+    start = finetune.TrainState(state, optimizer.init(state), positions, jnp.zeros((), jnp.int32))
+    # Donated: the teacher's leaves must survive.
+    return step, (jax.tree.map(jnp.copy, start), teacher.params, sampler, key)
+
+
+def _finetuning(setup: Setup, config: BenchConfig) -> Timed:
+    step, (start, *fixed) = finetuning_step(
+        setup.teacher, setup.method, setup.plan, setup.timesteps, setup.state, config.batch_size
     )
-    start = jax.tree.map(jnp.copy, start)  # donated: the teacher's leaves must survive
-    compiled, compile_s = _compile(step, start, teacher.params, sampler, key)
+    compiled, compile_s = _compile(step, start, *fixed)
     seconds, running_mb = _repeat(
-        lambda train: compiled(train, teacher.params, sampler, key)[0], start, config.num_rounds
+        lambda train: compiled(train, *fixed)[0], start, config.num_rounds
     )
     program_mb = programs.peak_bytes(compiled) / memory.MEGABYTE
     return Timed(100 * seconds, compile_s, program_mb, running_mb)

@@ -233,6 +233,16 @@ def num_trained(state: State, optimizers: Iterable[Callable[[State, optax.Schedu
     return sum(leaf.size for leaf, has_moved in pairs if has_moved)
 
 
+def decayed(rate: float, decay: optax.Schedule) -> optax.GradientTransformation:
+    """Steps of `rate` times `decay(step)` against the direction it is given."""
+    return optax.scale_by_schedule(lambda step: -rate * decay(step))
+
+
+def adam(rate: float, decay: optax.Schedule) -> optax.GradientTransformation:
+    """Adam at `rate` times `decay(step)`."""
+    return optax.chain(optax.scale_by_adam(), decayed(rate, decay))
+
+
 def per_group(
     groups: Mapping[str, optax.GradientTransformation],
 ) -> optax.GradientTransformation:

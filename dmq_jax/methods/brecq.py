@@ -225,5 +225,5 @@ def _rounding_rule(config):
 def _input_rule(config, decay):
     return optax.chain(
         scale_by_row_adam(),
-        optax.scale_by_schedule(lambda step: -config.input_scale_learning_rate * decay(step)),
+        base.decayed(config.input_scale_learning_rate, decay),
     )

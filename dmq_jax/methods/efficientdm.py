@@ -134,27 +134,24 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
         }
         return base.Bound(
             weights, tables, affine, channel_factors.channels(factors),
-            branches=jax.tree.map(_as_float16, state['branch']),
+            branches=low_rank.as_stored(state['branch']),
         )  # fmt: skip
 
     def optimizer(state, decay):
-        def decayed(rate: float) -> optax.GradientTransformation:
-            return optax.scale_by_schedule(lambda step: -rate * decay(step))
-
         rates = rates_by_scale(
             state, 'lora', config.lora_rate_per_scale, is_relative=config.scale_aware
         )
         return base.per_group(
             {
-                'lora': optax.chain(optax.scale_by_adam(), scale_by_layer(rates), decayed(1.0)),
-                'weight': optax.chain(
-                    optax.scale_by_adam(), decayed(config.weight_scale_learning_rate)
+                'lora': optax.chain(
+                    optax.scale_by_adam(), scale_by_layer(rates), base.decayed(1.0, decay)
                 ),
+                'weight': base.adam(config.weight_scale_learning_rate, decay),
                 'input': table_rule(
                     decay, config.input_scale_learning_rate, config.zero_point_learning_rate
                 ),
-                'affine': optax.chain(optax.scale_by_adam(), decayed(config.affine_learning_rate)),
-                'branch': optax.chain(optax.scale_by_adam(), decayed(config.branch_learning_rate)),
+                'affine': base.adam(config.affine_learning_rate, decay),
+                'branch': base.adam(config.branch_learning_rate, decay),
                 'calibrated': optax.set_to_zero(),
             }
         )
@@ -180,12 +177,6 @@ def without(params: PyTree, branches: Mapping[str, Mapping[str, Array]]) -> PyTr
         for path, branch in branches.items()
     }
     return base.with_kernels(params, rests)
-
-
-def _as_float16(values: Array) -> Array:
-    """The nearest values that float16 holds, straight through: what an export keeps."""
-    held = values.astype(jnp.float16).astype(jnp.float32)
-    return values + jax.lax.stop_gradient(held - values)
 
 
 def zero_offsets(params: PyTree) -> dict[str, Array]:
@@ -226,9 +217,7 @@ def table_rule(
     """How the learnt forms of tables move: every row by itself, see `scale_by_row_adam`."""
 
     def rule(rate: float) -> optax.GradientTransformation:
-        return optax.chain(
-            scale_by_row_adam(), optax.scale_by_schedule(lambda step: -rate * decay(step))
-        )
+        return optax.chain(scale_by_row_adam(), base.decayed(rate, decay))
 
     rules = {'scale': rule(scale_rate), 'zero_point': rule(zero_point_rate)}
     return optax.multi_transform(rules, _last_names)

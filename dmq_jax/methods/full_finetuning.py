@@ -44,10 +44,8 @@ def make(config: FullFinetuningConfig, plan: Plan, num_train_timesteps: int) -> 
 
     def optimizer(state, decay):
         del state
-        rule = optax.chain(
-            optax.scale_by_adam(),
-            optax.scale_by_schedule(lambda step: -config.learning_rate * decay(step)),
+        return base.per_group(
+            {'params': base.adam(config.learning_rate, decay), 'calibrated': optax.set_to_zero()}
         )
-        return base.per_group({'params': rule, 'calibrated': optax.set_to_zero()})
 
     return base.Method(init, bind, base.output_loss, optimizer)

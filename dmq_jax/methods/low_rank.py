@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 
 def init(shape: tuple[int, ...], rank: int, key: Key[Array, '']) -> dict[str, Float[Array, '...']]:
@@ -34,3 +34,18 @@ def delta(update: Mapping[str, Float[Array, '...']]) -> Float[Array, '...']:
         if update['down'].ndim == 2
         else jnp.einsum('hwcr,ro->hwco', update['down'], update['up'])
     )
+
+
+def as_stored(branches: PyTree) -> PyTree:
+    """Branches of the values that float16 holds, straight through: what an export keeps of them."""
+    return jax.tree.map(_in_float16, branches)
+
+
+@jax.custom_jvp
+def _in_float16(half: Array) -> Array:
+    return half.astype(jnp.float16).astype(jnp.float32)
+
+
+@_in_float16.defjvp
+def _straight_through(primals, tangents):
+    return _in_float16(*primals), tangents[0]

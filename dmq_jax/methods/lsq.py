@@ -71,22 +71,19 @@ def make(config: LSQConfig, plan: Plan, num_train_timesteps: int) -> base.Method
         return base.Bound(weights, tables, affine)
 
     def optimizer(state, decay):
-        def decayed(rate: float) -> optax.GradientTransformation:
-            return optax.scale_by_schedule(lambda step: -rate * decay(step))
-
         rates = efficientdm.rates_by_scale(state, 'kernel', config.rate_per_scale)
         return base.per_group(
             {
                 'kernel': optax.chain(
-                    optax.scale_by_adam(), efficientdm.scale_by_layer(rates), decayed(1.0)
+                    optax.scale_by_adam(),
+                    efficientdm.scale_by_layer(rates),
+                    base.decayed(1.0, decay),
                 ),
-                'weight': optax.chain(
-                    optax.scale_by_adam(), decayed(config.weight_scale_learning_rate)
-                ),
+                'weight': base.adam(config.weight_scale_learning_rate, decay),
                 'input': efficientdm.table_rule(
                     decay, config.input_scale_learning_rate, config.zero_point_learning_rate
                 ),
-                'affine': optax.chain(optax.scale_by_adam(), decayed(config.affine_learning_rate)),
+                'affine': base.adam(config.affine_learning_rate, decay),
                 'calibrated': optax.set_to_zero(),
             }
         )

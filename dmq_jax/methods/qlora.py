@@ -11,7 +11,6 @@ learning replaces; convolutions have a branch as well.
 """
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from dmq_jax.config import QLoRAConfig
@@ -42,25 +41,12 @@ def make(config: QLoRAConfig, plan: Plan, num_train_timesteps: int) -> base.Meth
 
     def beside(state):
         tables = jax.lax.stop_gradient(state['calibrated']['input'])
-        return base.Bound({}, tables, branches=jax.tree.map(_as_stored, state['branch']))
+        return base.Bound({}, tables, branches=low_rank.as_stored(state['branch']))
 
     def optimizer(state, decay):
         del state
-        rule = optax.chain(
-            optax.scale_by_adam(),
-            optax.scale_by_schedule(lambda step: -config.learning_rate * decay(step)),
+        return base.per_group(
+            {'branch': base.adam(config.learning_rate, decay), 'calibrated': optax.set_to_zero()}
         )
-        return base.per_group({'branch': rule, 'calibrated': optax.set_to_zero()})
 
     return base.Method(init, bind, base.output_loss, optimizer, beside=beside)
-
-
-@jax.custom_jvp
-def _as_stored(half: jax.Array) -> jax.Array:
-    """The nearest values that float16 holds, straight through."""
-    return half.astype(jnp.float16).astype(jnp.float32)
-
-
-@_as_stored.defjvp
-def _straight_through(primals, tangents):
-    return _as_stored(*primals), tangents[0]

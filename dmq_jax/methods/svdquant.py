@@ -90,7 +90,7 @@ def split(
         root = jnp.sqrt(s[:rank])
         down = (u[:, :rank] * root[None]).reshape(*kernel.shape[:-1], rank)
         halves = {'down': down, 'up': v[:rank] * root[:, None]}
-        return jax.tree.map(lambda a: a.astype(jnp.float16).astype(jnp.float32), halves)
+        return low_rank.as_stored(halves)
 
     def rounded(branch: dict[str, Array]) -> Array:
         rest = kernel - low_rank.delta(branch)

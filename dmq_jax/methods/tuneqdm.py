@@ -66,13 +66,7 @@ def make(config: TuneQDMConfig, plan: Plan, num_train_timesteps: int) -> base.Me
         return base.Bound({}, tables, channels=channels, channel_timesteps=centres)
 
     def optimizer(state, decay):
-        def rule():
-            return optax.chain(
-                optax.scale_by_adam(),
-                optax.scale_by_schedule(lambda step: -config.learning_rate * decay(step)),
-            )
-
-        groups = {name: rule() for name in state}
+        groups = dict.fromkeys(state, base.adam(config.learning_rate, decay))
         return base.per_group(groups | {'calibrated': optax.set_to_zero()})
 
     return base.Method(init, bind, base.output_loss, optimizer, beside=beside)
