@@ -118,7 +118,8 @@ def join_and_run(config: Config, workdir: Path) -> None:
     """`run`, as one process of many where the environment says so."""
     # Before anything that touches a device.
     hosts.join(hosts.find_cluster(os.environ))
-    run(config, workdir)
+    with hosts.ending_together():
+        run(config, workdir)
 
 
 def main() -> None:
