@@ -321,7 +321,7 @@ def _neighbours(
     found = neighbours.measure_neighbours(
         drawn.features.pool, real.features.pool, k=K,
         density_k=DENSITY_K if 'dc' in asked else K, arithmetic=PR_DTYPES[options.pr_dtype],
-        device=device if device.platform == 'gpu' else None,
+        device=device if device.platform == 'gpu' else None, workers=features.all_processes(),
     )  # fmt: skip
     result = {}
     if 'pr' in asked:

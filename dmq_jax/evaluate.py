@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from dmq_jax import adm, assets, command_line
+from dmq_jax import adm, assets, command_line, features
 from dmq_jax.config import EvaluateConfig
 from dmq_jax.denoisers import DenoiserInfo
 from dmq_jax.files.images import array_stream, open_images
@@ -73,16 +73,17 @@ def bundled_reference(
     """Distances between the features of a classifier of the same data set."""
 
     def compare(images, labels, device_mesh):
-        features, probabilities = _extract(network, images, device_mesh)
-        found = neighbours.precision_recall(features, statistics.features, k=NEIGHBOURS)
-        gaussian = frechet.gaussian_statistics(features)
+        found, probabilities = _extract(network, images, device_mesh)
+        workers = features.all_processes()
+        near = neighbours.precision_recall(found, statistics.features, NEIGHBOURS, workers=workers)
+        gaussian = frechet.gaussian_statistics(found, workers)
         accuracy = None
         if labels is not None:
             accuracy = float(np.mean(probabilities.argmax(axis=-1) == labels))
         return {
             'fd': frechet.frechet_distance(gaussian, statistics.statistics),
-            'precision': float(found.precision),
-            'recall': float(found.recall),
+            'precision': near.precision,
+            'recall': near.recall,
             'class_accuracy': accuracy,
         }
 
@@ -197,7 +198,7 @@ def run(
     result = reference.compare(images, labels, device_mesh)
     if teacher_images is None:
         return result | {'psnr_to_teacher': None, 'ssim_to_teacher': None}
-    similar = similarity.compare_images(images, teacher_images)
+    similar = similarity.compare_images(images, teacher_images, features.all_processes())
     return result | {'psnr_to_teacher': similar.mean_psnr, 'ssim_to_teacher': similar.mean_ssim}
 
 

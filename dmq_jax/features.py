@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
@@ -18,7 +19,8 @@ from dmq_jax.files import npz
 from dmq_jax.files.images import ImageStream
 from dmq_jax.metrics import inception
 from dmq_jax.metrics.frechet import FeatureStatistics, GaussianStatistics
-from dmq_jax.runtime import mesh
+from dmq_jax.metrics.workers import Workers
+from dmq_jax.runtime import hosts, mesh
 from dmq_jax.runtime.progress import progress
 
 DEFAULT_BATCH_SIZE = 32  # about 1 GB; divided by one, two, ... 32 devices
@@ -38,6 +40,11 @@ class SetFeatures(NamedTuple):
     probabilities: Float[np.ndarray, 'N 1008']
     gaussian: GaussianStatistics
     spatial_gaussian: GaussianStatistics
+
+
+def all_processes() -> Workers:
+    """The processes of this run, to share the work of metrics on features that all have."""
+    return Workers(jax.process_index(), jax.process_count(), hosts.gather)
 
 
 def extract(
@@ -73,7 +80,8 @@ def extract(
     )  # fmt: skip
     total = None if num_images is None else -(-num_images // batch_size)
     pool, probabilities = _Rows(num_images), _Rows(num_images)
-    gaussian, spatial_gaussian = FeatureStatistics(), FeatureStatistics()
+    workers = all_processes()
+    gaussian, spatial_gaussian = FeatureStatistics(workers), FeatureStatistics(workers)
     for part in progress(parts, description, total=total):
         if not all(np.isfinite(array).all() for array in part):
             raise ValueError(

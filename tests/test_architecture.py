@@ -40,7 +40,7 @@ ALLOWED = {
     'features': {'artefacts'} | LIBRARIES,
     'adm': {'features'} | LIBRARIES,
     # The stage is a command as well.
-    'evaluate': {'adm', 'assets', 'command_line', 'denoisers'} | LIBRARIES,
+    'evaluate': {'adm', 'assets', 'command_line', 'denoisers', 'features'} | LIBRARIES,
     'pipeline': {'denoisers', 'networks', 'teachers', 'artefacts', 'analysis', 'reporting'}
     | {'scale_sets'}
     | STAGES

@@ -13,9 +13,12 @@ of the spatial ones, sFID (Nash et al. 2021, arXiv:2103.03841).
 
 import dataclasses
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
+
+from dmq_jax.metrics.workers import ALONE, Workers
 
 # Rows folded into the covariance at once: enough for the product to outweigh the update of a
 # D x D matrix, and the same whatever the batches.
@@ -41,17 +44,16 @@ class GaussianStatistics:
     count: int | None
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Moments:
+class Moments(NamedTuple):
     """Sums behind a mean and a covariance.
 
     Attributes:
       count: number of samples.
-      mean: their mean.
+      mean: their mean; 0 of none.
       scatter: sum of (x − mean)(x − mean)ᵀ.
     """
 
-    count: int
+    count: Int[np.ndarray, '']
     mean: Float[np.ndarray, 'D']
     scatter: Float[np.ndarray, 'D D']
 
@@ -62,26 +64,18 @@ class FeatureStatistics:
     Parts are merged by the pairwise update of Chan, Golub and LeVeque 1979 ("Updating formulae
     and a pairwise algorithm for computing sample variances"), which never subtracts two large
     sums. Whatever the batches, the same rows are summed together, so the result is the same as far
-    as the BLAS library repeats itself; accumulators joined with `merge` agree with a single one
-    up to float64 rounding.
+    as the BLAS library repeats itself; other numbers of workers agree up to float64 rounding.
+
+    Args:
+      workers: processes that all see all batches, each of which sums a share of them.
     """
 
-    def __init__(self):
+    def __init__(self, workers: Workers = ALONE):
+        self.count = 0  # of samples seen
+        self.width: int | None = None  # D; None before the first batch
+        self._workers = workers
         self._moments: Moments | None = None
         self._pending: list[np.ndarray] = []
-
-    @property
-    def count(self) -> int:
-        """Number of samples seen."""
-        folded = self._moments.count if self._moments else 0
-        return folded + sum(map(len, self._pending))
-
-    @property
-    def width(self) -> int | None:
-        """D; None before the first batch."""
-        if self._moments:
-            return self._moments.mean.size
-        return self._pending[0].shape[1] if self._pending else None
 
     def update(self, features: Float[np.ndarray, 'n D']) -> None:
         """Adds a batch; an empty one changes nothing.
@@ -96,32 +90,27 @@ class FeatureStatistics:
         features = np.asarray(features)
         if features.ndim != 2:
             raise ValueError(f'features have shape {features.shape}: expected [n, D].')
-        self._check_width(features.shape[1])
+        if self.width not in (None, features.shape[1]):
+            raise ValueError(
+                f'features have width {features.shape[1]}: expected {self.width}, the width '
+                'of the batches before. Use one FeatureStatistics per feature network.'
+            )
         check_finite('features', features)
         if not len(features):
             return
+        self.width = features.shape[1]
+        begun = self.count // FOLD_SIZE  # parts of FOLD_SIZE rows before the pending ones
+        self.count += len(features)
         self._pending.append(np.array(features))  # the caller may reuse its array
-        if sum(map(len, self._pending)) >= FOLD_SIZE:
+        if complete := self.count // FOLD_SIZE - begun:
             rows = np.concatenate(self._pending)
-            end = len(rows) - len(rows) % FOLD_SIZE
-            for start in range(0, end, FOLD_SIZE):
-                part = compute_moments(rows[start : start + FOLD_SIZE])
-                self._moments = merge_moments(self._moments, part)
-            self._pending = [rows[end:].copy()] if end < len(rows) else []
-
-    def merge(self, other: 'FeatureStatistics') -> None:
-        """Adds everything another accumulator has seen, which is left as it was.
-
-        Raises:
-          ValueError: if the widths differ.
-        """
-        if other.width is None:
-            return
-        self._check_width(other.width)
-        self._moments, self._pending = merge_moments(self._seen(), other._seen()), []
+            for part in range(complete):
+                self._fold(begun + part, rows[part * FOLD_SIZE : (part + 1) * FOLD_SIZE])
+            rest = rows[complete * FOLD_SIZE :]
+            self._pending = [rest.copy()] if len(rest) else []
 
     def finish(self) -> GaussianStatistics:
-        """The statistics of everything seen so far; more batches may follow.
+        """The statistics of everything seen; nothing may follow.
 
         Raises:
           ValueError: with fewer than 2 samples, for which a covariance is undefined.
@@ -130,21 +119,23 @@ class FeatureStatistics:
             raise ValueError(
                 f'{self.count} samples seen: a covariance needs at least 2. Add more images.'
             )
-        moments = self._seen()
-        cov = moments.scatter / (moments.count - 1)
-        return GaussianStatistics(moments.mean.copy(), symmetrize(cov), moments.count)
+        if self._pending:
+            self._fold(self.count // FOLD_SIZE, np.concatenate(self._pending))
+            self._pending = []
+        nothing = Moments(
+            np.zeros((), np.int64), np.zeros(self.width), np.zeros((self.width, self.width))
+        )
+        own = nothing if self._moments is None else self._moments
+        moments = None
+        for part in self._workers.gather(own):
+            moments = merge_moments(moments, Moments(*part))
+        assert moments.count == self.count
+        cov = moments.scatter / (self.count - 1)
+        return GaussianStatistics(moments.mean, symmetrize(cov), self.count)
 
-    def _check_width(self, width: int) -> None:
-        if self.width not in (None, width):
-            raise ValueError(
-                f'features have width {width}: expected {self.width}, the width '
-                'of the batches before. Use one FeatureStatistics per feature network.'
-            )
-
-    def _seen(self) -> Moments | None:
-        if not self._pending:
-            return self._moments
-        return merge_moments(self._moments, compute_moments(np.concatenate(self._pending)))
+    def _fold(self, part: int, rows: Float[np.ndarray, 'n D']) -> None:
+        if part % self._workers.count == self._workers.index:
+            self._moments = merge_moments(self._moments, compute_moments(rows))
 
 
 def compute_moments(features: Float[np.ndarray, 'n D']) -> Moments:
@@ -152,13 +143,15 @@ def compute_moments(features: Float[np.ndarray, 'n D']) -> Moments:
     features = features.astype(np.float64)
     mean = features.mean(axis=0)
     features -= mean
-    return Moments(len(features), mean, features.T @ features)
+    return Moments(np.asarray(len(features), np.int64), mean, features.T @ features)
 
 
 def merge_moments(a: Moments | None, b: Moments) -> Moments:
     """Moments of two disjoint sets together; None stands for an empty one."""
-    if a is None:
+    if a is None or a.count == 0:
         return b
+    if b.count == 0:
+        return a
     count = a.count + b.count
     shift = b.mean - a.mean
     scatter = np.outer(shift, shift * (a.count * b.count / count))
@@ -169,13 +162,18 @@ def merge_moments(a: Moments | None, b: Moments) -> Moments:
 
 def gaussian_statistics(
     features: Float[np.ndarray, 'n D'] | Iterable[Float[np.ndarray, 'n D']],
+    workers: Workers = ALONE,
 ) -> GaussianStatistics:
     """Statistics of one array of features, or of all batches of an iterable.
+
+    Args:
+      features: one row per sample, the same in every worker.
+      workers: processes that share the work.
 
     Raises:
       ValueError: as `FeatureStatistics.update` and `FeatureStatistics.finish`.
     """
-    statistics = FeatureStatistics()
+    statistics = FeatureStatistics(workers)
     for batch in [features] if isinstance(features, np.ndarray) else features:
         statistics.update(batch)
     return statistics.finish()

@@ -20,6 +20,7 @@ float16, which moves the third digit; `arithmetic='adm-fp16'` repeats that, up t
 sums, which float16 hardware leaves open.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple, get_args
@@ -29,6 +30,7 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 
 from dmq_jax.metrics.frechet import check_finite
+from dmq_jax.metrics.workers import ALONE, Workers
 
 Arithmetic = Literal['exact', 'adm-fp16']
 
@@ -107,9 +109,12 @@ def precision_recall(
     reference: Float[np.ndarray, 'M D'],
     k: int = 3,
     block_size: int = 2048,
+    workers: Workers = ALONE,
 ) -> PrecisionRecall:
     """Precision and recall alone; see `measure_neighbours`."""
-    result = measure_neighbours(generated, reference, k=k, density_k=k, block_size=block_size)
+    result = measure_neighbours(
+        generated, reference, k=k, density_k=k, block_size=block_size, workers=workers
+    )
     return PrecisionRecall(result.precision, result.recall)
 
 
@@ -122,6 +127,7 @@ def measure_neighbours(
     arithmetic: Arithmetic = 'exact',
     block_size: int = 4096,
     device: jax.Device | None = None,
+    workers: Workers = ALONE,
 ) -> NeighbourMetrics:
     """Precision, recall, density and coverage of generated features against real ones.
 
@@ -137,6 +143,8 @@ def measure_neighbours(
       arithmetic: 'exact', or 'adm-fp16' for the float16 of guided-diffusion.
       block_size: rows and columns of distances held at once by 'exact'; changes no result.
       device: a CPU or GPU that multiplies the blocks of 'exact'; None multiplies with NumPy.
+        Changes no result.
+      workers: processes with the same features, each of which looks at its share of the blocks.
         Changes no result.
 
     Raises:
@@ -178,34 +186,35 @@ def measure_neighbours(
     if arithmetic == 'exact':
         product = make_product(device)
         generated, reference = map(make_grid, to_fixed_point(generated, reference))
-        reference_near = nearest_distances(reference, largest_k, block_size, product)
-        generated_near = nearest_distances(generated, k, block_size, product)
+        reference_near = nearest_distances(reference, largest_k, block_size, product, workers)
+        generated_near = nearest_distances(generated, k, block_size, product, workers)
     else:
         generated, reference = (f.astype(np.float32, copy=False) for f in (generated, reference))
-        reference_near = adm_nearest_distances(reference, largest_k)
-        generated_near = adm_nearest_distances(generated, k)
+        reference_near = adm_nearest_distances(reference, largest_k, workers)
+        generated_near = adm_nearest_distances(generated, k, workers)
     reference_radii, ball_radii = reference_near[:, k - 1], reference_near[:, density_k - 1]
     generated_radii = generated_near[:, k - 1]
     row_limits = np.maximum(reference_radii, ball_radii)
     if arithmetic == 'exact':
-        found = pairs_within(reference, generated, row_limits, generated_radii, block_size, product)
+        found = pairs_within(
+            reference, generated, row_limits, generated_radii, block_size, product, workers
+        )
     else:
-        found = adm_pairs_within(reference, generated, row_limits, generated_radii)
+        found = adm_pairs_within(reference, generated, row_limits, generated_radii, workers)
     real_looking = np.zeros(len(generated_radii), bool)
     recalled, covered = np.zeros((2, len(row_limits)), bool)
-    num_in_balls = 0
+    num_in_balls = np.zeros((), np.int64)
     for rows, columns, distances in found:
         real_looking[columns[distances <= reference_radii[rows]]] = True
         recalled[rows[distances <= generated_radii[columns]]] = True
         in_ball = distances <= ball_radii[rows]
         covered[rows[in_ball]] = True
-        num_in_balls += int(in_ball.sum())
-    return NeighbourMetrics(
-        precision=float(np.mean(real_looking)),
-        recall=float(np.mean(recalled)),
-        density=num_in_balls / (density_k * len(generated_radii)),
-        coverage=float(np.mean(covered)),
-    )
+        num_in_balls += in_ball.sum()
+    found = workers.gather((real_looking, recalled, covered, num_in_balls))
+    *anywhere, in_balls = zip(*found, strict=True)
+    precision, recall, coverage = (float(np.mean(np.any(parts, axis=0))) for parts in anywhere)
+    density = int(np.sum(in_balls)) / (density_k * len(generated_radii))
+    return NeighbourMetrics(precision, recall, density, coverage)
 
 
 def to_fixed_point(
@@ -260,33 +269,35 @@ def make_product(device: jax.Device | None) -> Product:
 
 
 def nearest_distances(
-    grid: Grid, k: int, block_size: int, product: Product
+    grid: Grid, k: int, block_size: int, product: Product, workers: Workers
 ) -> Float[np.ndarray, 'N k']:
     """Squared distances of every point to its k nearest other points, ascending, exact.
 
-    Every pair of blocks is visited once, for both of its sides.
+    Every pair of blocks is visited once, for both of its sides, by one of the workers.
     """
     count = len(grid.points)
+    parts = list(blocks(count, block_size))
     nearest = np.full((count, k), np.inf)
-    for rows in blocks(count, block_size):
+    for rows in workers.share(parts):
         distances = squared_distances(grid[rows].points, grid[rows].points)
         np.fill_diagonal(distances, np.inf)  # not its own neighbour
         kept = keep_smallest(distances, k)
         nearest[rows, : kept.shape[1]] = kept
-    for rows in blocks(count, block_size):
-        for columns in blocks(count, block_size):
-            if columns.start <= rows.start:
-                continue
-            pairs = close_pairs(
-                grid[rows],
-                grid[columns],
-                nearest[rows].max(axis=1),
-                nearest[columns].max(axis=1),
-                product,
-            )
-            nearest[rows] = insert(nearest[rows], pairs.rows, pairs.distances)
-            nearest[columns] = insert(nearest[columns], pairs.columns, pairs.distances)
-    return np.sort(nearest, axis=1)
+    # Rows are one worker's, and infinite with the others.
+    nearest = np.min([found for (found,) in workers.gather((nearest,))], axis=0)
+    # What all know limits what each looks for; only the first one counts it.
+    limits = nearest.max(axis=1)
+    if workers.index != 0:
+        nearest = np.full_like(nearest, np.inf)
+    pairs_of_parts = [(r, c) for r in parts for c in parts if c.start > r.start]
+    for rows, columns in workers.share(pairs_of_parts):
+        pairs = close_pairs(grid[rows], grid[columns], limits[rows], limits[columns], product)
+        nearest[rows] = insert(nearest[rows], pairs.rows, pairs.distances)
+        nearest[columns] = insert(nearest[columns], pairs.columns, pairs.distances)
+        for part in (rows, columns):
+            limits[part] = np.minimum(limits[part], nearest[part].max(axis=1))
+    found = np.concatenate([found for (found,) in workers.gather((nearest,))], axis=1)
+    return np.sort(keep_smallest(found, k), axis=1)
 
 
 def keep_smallest(values: Float[np.ndarray, 'N M'], count: int) -> Float[np.ndarray, 'N kept']:
@@ -320,14 +331,12 @@ def pairs_within(
     column_limits: Float[np.ndarray, 'M'],
     block_size: int,
     product: Product,
+    workers: Workers,
 ) -> Iterator[Pairs]:
-    """Yields, block by block, the pairs of `close_pairs` for all of u and v."""
-    for rows in blocks(len(u.points), block_size):
-        for columns in blocks(len(v.points), block_size):
-            pairs = close_pairs(
-                u[rows], v[columns], row_limits[rows], column_limits[columns], product
-            )
-            yield Pairs(pairs.rows + rows.start, pairs.columns + columns.start, pairs.distances)
+    """Yields, block by block, this worker's share of the pairs of `close_pairs` of u and v."""
+    for rows, columns in workers.share(pairs_of_blocks(len(u.points), len(v.points), block_size)):
+        pairs = close_pairs(u[rows], v[columns], row_limits[rows], column_limits[columns], product)
+        yield Pairs(pairs.rows + rows.start, pairs.columns + columns.start, pairs.distances)
 
 
 def close_pairs(
@@ -409,6 +418,11 @@ def blocks(length: int, block_size: int) -> Iterator[slice]:
     return (slice(i, min(i + block_size, length)) for i in range(0, length, block_size))
 
 
+def pairs_of_blocks(num_rows: int, num_columns: int, block_size: int) -> list[tuple[slice, slice]]:
+    """The blocks of a matrix, row by row of blocks."""
+    return list(itertools.product(blocks(num_rows, block_size), blocks(num_columns, block_size)))
+
+
 def adm_distances(
     u: Float[np.ndarray, 'N D'], v: Float[np.ndarray, 'M D']
 ) -> Float[np.ndarray, 'N M']:
@@ -448,20 +462,22 @@ def to_half(values: Float[np.ndarray, '*shape']) -> Float[np.ndarray, '*shape']:
         return values.astype(np.float16).astype(np.float32)
 
 
-def adm_nearest_distances(points: Float[np.ndarray, 'N D'], k: int) -> Float[np.ndarray, 'N k']:
+def adm_nearest_distances(
+    points: Float[np.ndarray, 'N D'], k: int, workers: Workers
+) -> Float[np.ndarray, 'N k']:
     """`nearest_distances` in float16.
 
     A point's distance to itself, which float16 need not make 0, takes the place of a neighbour:
     the k-th nearest other point is the entry k of the sorted distances.
     """
-    nearest = np.empty((len(points), k), np.float32)
-    for rows in blocks(len(points), ADM_BLOCK_SIZE):
+    nearest = np.full((len(points), k), np.inf, np.float32)
+    for rows in workers.share(list(blocks(len(points), ADM_BLOCK_SIZE))):
         kept = np.empty((len(points[rows]), 0), np.float32)
         for columns in blocks(len(points), ADM_BLOCK_SIZE):
             distances = adm_distances(points[rows], points[columns])
             kept = np.concatenate([kept, keep_smallest(distances, k + 1)], axis=1)
         nearest[rows] = np.sort(kept, axis=1)[:, 1 : k + 1]
-    return nearest
+    return np.min([found for (found,) in workers.gather((nearest,))], axis=0)
 
 
 def adm_pairs_within(
@@ -469,13 +485,13 @@ def adm_pairs_within(
     v: Float[np.ndarray, 'M D'],
     row_limits: Float[np.ndarray, 'N'],
     column_limits: Float[np.ndarray, 'M'],
+    workers: Workers,
 ) -> Iterator[Pairs]:
     """`pairs_within` in float16."""
-    for rows in blocks(len(u), ADM_BLOCK_SIZE):
-        for columns in blocks(len(v), ADM_BLOCK_SIZE):
-            distances = adm_distances(u[rows], v[columns])
-            within = distances <= row_limits[rows, None]
-            within |= distances <= column_limits[None, columns]
-            found = np.flatnonzero(within)
-            i, j = np.unravel_index(found, distances.shape)
-            yield Pairs(i + rows.start, j + columns.start, distances.ravel()[found])
+    for rows, columns in workers.share(pairs_of_blocks(len(u), len(v), ADM_BLOCK_SIZE)):
+        distances = adm_distances(u[rows], v[columns])
+        within = distances <= row_limits[rows, None]
+        within |= distances <= column_limits[None, columns]
+        found = np.flatnonzero(within)
+        i, j = np.unravel_index(found, distances.shape)
+        yield Pairs(i + rows.start, j + columns.start, distances.ravel()[found])

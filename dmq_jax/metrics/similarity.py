@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from dmq_jax.metrics.frechet import check_finite
+from dmq_jax.metrics.workers import ALONE, Workers
 
 DATA_RANGE = 255.0
 # Identical images have infinite PSNR, which would make every mean infinite. 100 dB lies beyond
@@ -53,14 +54,31 @@ class Similarity:
 
 
 def compare_images(
-    images: UInt8[np.ndarray, 'N H W C'], reference: UInt8[np.ndarray, 'N H W C']
+    images: UInt8[np.ndarray, 'N H W C'],
+    reference: UInt8[np.ndarray, 'N H W C'],
+    workers: Workers = ALONE,
 ) -> Similarity:
     """PSNR and SSIM of image i with reference image i.
+
+    Args:
+      images: pixels.
+      reference: those of the reference images.
+      workers: processes with the same images, each of which compares a share of them.
 
     Raises:
       ValueError: as `compute_psnr`.
     """
-    return compare_batches([(images, reference)])
+    check_pairs(images, reference)
+    has_ssim = min(images.shape[1:3]) >= WINDOW_SIZE
+    values = np.zeros((2 if has_ssim else 1, len(images)))
+    for start in workers.share(range(0, len(images), BLOCK_SIZE)):
+        rows = slice(start, start + BLOCK_SIZE)
+        values[0, rows] = compute_psnr(images[rows], reference[rows])
+        if has_ssim:
+            values[1, rows] = compute_ssim(images[rows], reference[rows])
+    # Every image is one worker's, and 0 with the others.
+    values = np.sum([found for (found,) in workers.gather((values,))], axis=0)
+    return Similarity(values[0], values[1] if has_ssim else None)
 
 
 def compare_batches(

@@ -111,21 +111,6 @@ def test_batches_of_any_size_are_summed_in_the_same_parts(sizes, monkeypatch):
     np.testing.assert_allclose(batched.cov, whole.cov, rtol=MERGE_TOLERANCE, atol=1e-13)
 
 
-@pytest.mark.parametrize('split', [0, 1, 500, 1500, 3000])
-def test_merged_accumulators_equal_a_single_one(split):
-    features = np.random.default_rng(10).normal(size=(3000, 4)) + 100.0
-    left, right = FeatureStatistics(), FeatureStatistics()
-    left.update(features[:split])
-    right.update(features[split:])
-    left.merge(right)
-    left.update(features[:7])  # a merged accumulator goes on
-    assert left.count == 3007 and right.count == 3000 - split
-    got = left.finish()
-    expected = gaussian_statistics(np.concatenate([features, features[:7]]))
-    np.testing.assert_allclose(got.mean, expected.mean, rtol=MERGE_TOLERANCE)
-    np.testing.assert_allclose(got.cov, expected.cov, rtol=MERGE_TOLERANCE, atol=1e-12)
-
-
 def test_the_caller_may_reuse_its_array():
     features = np.random.default_rng(11).normal(size=(20, 3))
     statistics = FeatureStatistics()

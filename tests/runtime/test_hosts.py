@@ -121,7 +121,8 @@ def test_one_process_stops_where_it_is_safe_and_asks_to_be_run_again():
 
 TOGETHER = """
 import os, pathlib, signal, sys, time
-from dmq_jax import artefacts
+from dmq_jax import artefacts, features
+from dmq_jax.metrics import frechet
 from dmq_jax.runtime import hosts, mesh, parts
 
 hosts.join(hosts.find_cluster(os.environ))
@@ -176,6 +177,17 @@ for array in drawn, mesh.replicate(m, drawn):
     np.testing.assert_array_equal(parts.merge(folder / 'run' / 'rows', 8), fetched)
 say('rows', len(mesh.local_rows(drawn)[0]))
 
+# What each has, whatever its dtype, in all.
+mine = np.arange(5) / 3 + me, np.asarray(me == 1), np.asarray(2**40 + me)
+for process, theirs in enumerate(hosts.gather(mine)):
+    np.testing.assert_array_equal(theirs[0], np.arange(5) / 3 + process)
+    assert theirs[0].dtype == np.float64 and theirs[1].dtype == bool and theirs[1].shape == ()
+    assert theirs[1] == (process == 1) and theirs[2] == 2**40 + process
+rows = np.random.default_rng(3).normal(size=(3000, 4))
+found = frechet.gaussian_statistics(rows, features.all_processes())
+np.testing.assert_allclose(found.cov, np.cov(rows.T), rtol=1e-12)
+say('gathered')
+
 # A signal to one stops all at the same step.
 for step in range(1000):
     if step == 3 and me == 1:
@@ -222,7 +234,8 @@ def test_two_processes_act_as_one(tmp_path):
     assert first[2:4] == second[2:4] == ['value 0 made 1', 'value 0 made 1']
     assert 'a was 1, now 2' in first[4] and first[4] == second[4]
     assert first[5] == second[5] == 'rows 4'
-    assert first[6] == second[6] and first[6].startswith('stopped ')
+    assert first[6] == second[6] == 'gathered'
+    assert first[7] == second[7] and first[7].startswith('stopped ')
 
 
 TALKING = """
