@@ -19,7 +19,7 @@ tables on the input and the output of the integer product, so even then the code
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +33,9 @@ from dmq_jax.quant.integer import integer_weight
 from dmq_jax.quant.layers import fake_quantized
 from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import LayerSpec, Plan
-from dmq_jax.quant.tensor import expand, pack
+from dmq_jax.quant.tensor import QuantSpec, expand, pack
 
+T = TypeVar('T')
 State = dict[str, Any]
 Stats = Mapping[str, Mapping[str, TensorStats]]
 Tables = dict[str, dict[str, dict[str, Array]]]
@@ -301,14 +302,43 @@ def init_inputs(plan: Plan, stats: Stats) -> Tables:
     return tables
 
 
+def map_kernels(
+    function: Callable[[Array, QuantSpec], T], plan: Plan, kernels: Mapping[str, Array]
+) -> dict[str, T]:
+    """`function` of each kernel and the spec of its weight.
+
+    Kernels of one shape and spec pass through one loop, so that a program has one copy of
+    `function` for them: a network has ten times as many layers as shapes, and compiling a search
+    or a decomposition takes seconds.
+    """
+    groups: dict[Any, list[str]] = {}
+    for path, kernel in kernels.items():
+        groups.setdefault((kernel.shape, kernel.dtype, plan[path].weight), []).append(path)
+    found = {}
+    for (_, _, spec), paths in groups.items():
+        stacked = jnp.stack([kernels[path] for path in paths])
+        results = jax.lax.map(lambda kernel, spec=spec: function(kernel, spec), stacked)
+        for index, path in enumerate(paths):
+            found[path] = jax.tree.map(lambda leaf, index=index: leaf[index], results)
+    return {path: found[path] for path in kernels}
+
+
 def init_weights(plan: Plan, params: PyTree) -> dict[str, dict[str, Array]]:
     """Calibrated scale and zero point of every quantized weight."""
-    weights = {}
-    for path, spec in plan.items():
-        if spec.weight is not None:
-            scale, zero_point = observers.calibrate_weight(get_kernel(params, path), spec.weight)
-            weights[path] = {'scale': scale, 'zero_point': zero_point}
-    return weights
+    return calibrate_kernels(
+        plan,
+        {path: get_kernel(params, path) for path, spec in plan.items() if spec.weight is not None},
+    )
+
+
+def calibrate_kernels(plan: Plan, kernels: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
+    """Calibrated scale and zero point of these kernels, by the path of their layer."""
+
+    def calibrate(kernel: Array, spec: QuantSpec) -> dict[str, Array]:
+        scale, zero_point = observers.calibrate_weight(kernel, spec)
+        return {'scale': scale, 'zero_point': zero_point}
+
+    return map_kernels(calibrate, plan, kernels)
 
 
 def quantize_weight(

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, PyTree
 from dmq_jax.config import BlockLearningConfig
 from dmq_jax.methods import base
 from dmq_jax.methods.efficientdm import scale_by_row_adam
-from dmq_jax.quant import numerics, observers
+from dmq_jax.quant import numerics
 from dmq_jax.quant.plan import Plan
 from dmq_jax.quant.tensor import QuantSpec, expand
 
@@ -109,10 +109,7 @@ def init_state(plan: Plan, kernels: Mapping[str, Array], inputs: base.Tables) ->
       kernels: what is rounded, by path of the layer.
       inputs: calibrated tables of the activations.
     """
-    weights = {}
-    for path, kernel in kernels.items():
-        scale, zero_point = observers.calibrate_weight(kernel, plan[path].weight)
-        weights[path] = {'scale': scale, 'zero_point': zero_point}
+    weights = base.calibrate_kernels(plan, kernels)
     return {
         'rounding': {
             path: init(kernels[path], start['scale'])

@@ -27,7 +27,6 @@ scales differ by orders of magnitude between layers.
 """
 
 import functools
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -56,15 +55,10 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
         stats = channel_factors.scale_stats(stats, factors)
         branches = {}
         if config.branch_rank:
-            branches = {
-                path: svdquant.split(
-                    base.get_kernel(params, path), plan[path], config.branch_rank,
-                    config.branch_refits,
-                )
-                for path in sorted(trainable)
-                if plan[path].weight is not None
-            }  # fmt: skip
-        weights = base.init_weights(plan, without(params, branches))
+            branches = svdquant.init_branches(
+                plan, params, config.branch_rank, config.branch_refits
+            )
+        weights = base.init_weights(plan, low_rank.subtract(params, branches))
         inputs = base.init_inputs(plan, stats)
         updates = {
             path: low_rank.init(
@@ -101,7 +95,7 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
         calibrated = jax.lax.stop_gradient(state['calibrated'])
         factors = calibrated['channels']
         # The integers go on standing for what the branch left of the kernel when it was made.
-        params = without(channel_factors.fold(params, factors), calibrated['branch'])
+        params = low_rank.subtract(channel_factors.fold(params, factors), calibrated['branch'])
         weights = {}
         for path, start in calibrated['weight'].items():
             kernel = base.get_kernel(params, path)
@@ -168,15 +162,6 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
     return base.Method(
         init, bind, loss, optimizer, features, channel_stats=channel_factors.is_on(config.channels)
     )
-
-
-def without(params: PyTree, branches: Mapping[str, Mapping[str, Array]]) -> PyTree:
-    """`params` with what `branches`, by path, leave of the kernels."""
-    rests = {
-        path: base.get_kernel(params, path) - low_rank.delta(branch)
-        for path, branch in branches.items()
-    }
-    return base.with_kernels(params, rests)
 
 
 def zero_offsets(params: PyTree) -> dict[str, Array]:

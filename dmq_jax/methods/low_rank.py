@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
+from dmq_jax.methods import base
+
 
 def init(shape: tuple[int, ...], rank: int, key: Key[Array, '']) -> dict[str, Float[Array, '...']]:
     """An update that starts at zero: `down` uniform in ±1/sqrt(fan in), `up` zero.
@@ -34,6 +36,14 @@ def delta(update: Mapping[str, Float[Array, '...']]) -> Float[Array, '...']:
         if update['down'].ndim == 2
         else jnp.einsum('hwcr,ro->hwco', update['down'], update['up'])
     )
+
+
+def subtract(params: PyTree, branches: Mapping[str, Mapping[str, Array]]) -> PyTree:
+    """`params` with what `branches`, by the path of their layer, leave of the kernels."""
+    rests = {
+        path: base.get_kernel(params, path) - delta(branch) for path, branch in branches.items()
+    }
+    return base.with_kernels(params, rests)
 
 
 def as_stored(branches: PyTree) -> PyTree:

@@ -18,12 +18,13 @@ Nothing is learnt. Where this differs from the authors' code, on purpose:
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from dmq_jax.config import SVDQuantConfig
 from dmq_jax.methods import base, channel_factors, low_rank
-from dmq_jax.quant import observers
-from dmq_jax.quant.plan import LayerSpec, Plan
+from dmq_jax.quant import numerics, observers
+from dmq_jax.quant.plan import Plan
+from dmq_jax.quant.tensor import QuantSpec, expand
 
 
 def make(config: SVDQuantConfig, plan: Plan, num_train_timesteps: int) -> base.Method:
@@ -34,14 +35,8 @@ def make(config: SVDQuantConfig, plan: Plan, num_train_timesteps: int) -> base.M
         del key
         factors = channel_factors.init(plan, params, stats, config.channels)
         params = channel_factors.fold(params, factors)
-        weights, branches = base.init_weights(plan, params), {}
-        for path in weights:
-            if plan[path].trainable:
-                kernel = base.get_kernel(params, path)
-                branches[path] = split(kernel, plan[path], config.rank, config.num_refits)
-                rest = kernel - low_rank.delta(branches[path])
-                scale, zero_point = observers.calibrate_weight(rest, plan[path].weight)
-                weights[path] = {'scale': scale, 'zero_point': zero_point}
+        branches = init_branches(plan, params, config.rank, config.num_refits)
+        weights = base.init_weights(plan, low_rank.subtract(params, branches))
         stats = channel_factors.scale_stats(stats, factors)
         return {
             'weight': weights,
@@ -52,12 +47,11 @@ def make(config: SVDQuantConfig, plan: Plan, num_train_timesteps: int) -> base.M
 
     def bind(params, state):
         params = channel_factors.fold(params, state['channels'])
-        weights = {}
-        for path, scale in state['weight'].items():
-            kernel = base.get_kernel(params, path)
-            if path in state['branch']:
-                kernel = kernel - low_rank.delta(state['branch'][path])
-            weights[path] = base.quantize_weight(kernel, **scale, spec=plan[path])
+        params = low_rank.subtract(params, state['branch'])
+        weights = {
+            path: base.quantize_weight(base.get_kernel(params, path), **scale, spec=plan[path])
+            for path, scale in state['weight'].items()
+        }
         return base.Bound(
             weights,
             state['input'],
@@ -71,8 +65,22 @@ def make(config: SVDQuantConfig, plan: Plan, num_train_timesteps: int) -> base.M
     )  # fmt: skip
 
 
+def init_branches(
+    plan: Plan, params: PyTree, rank: int, num_refits: int
+) -> dict[str, dict[str, Float[Array, '...']]]:
+    """The branch of every layer that is rounded and trainable; see `split`."""
+    kernels = {
+        path: base.get_kernel(params, path)
+        for path, spec in sorted(plan.items())
+        if spec.weight is not None and spec.trainable
+    }
+    return base.map_kernels(
+        lambda kernel, spec: split(kernel, spec, rank, num_refits), plan, kernels
+    )
+
+
 def split(
-    kernel: Float[Array, '... K N'], spec: LayerSpec, rank: int, num_refits: int
+    kernel: Float[Array, '... K N'], spec: QuantSpec, rank: int, num_refits: int
 ) -> dict[str, Float[Array, '...']]:
     """The branch of a kernel: 'down' [..., K, R] and 'up' [R, N], of values that float16 holds.
 
@@ -94,8 +102,9 @@ def split(
 
     def rounded(branch: dict[str, Array]) -> Array:
         rest = kernel - low_rank.delta(branch)
-        scale, zero_point = observers.calibrate_weight(rest, spec.weight)
-        return base.dequantize_weight(base.quantize_weight(rest, scale, zero_point, spec))
+        scale, zero_point = observers.calibrate_weight(rest, spec)
+        whole = expand(scale, rest.shape), expand(zero_point, rest.shape)
+        return numerics.dequantize(numerics.quantize(rest, *whole, *spec.grid), *whole)
 
     def error(branch: dict[str, Array], rest: Array) -> Array:
         return jnp.sum((kernel - low_rank.delta(branch) - rest) ** 2)

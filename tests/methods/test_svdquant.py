@@ -36,16 +36,16 @@ def weight_error(kernel, branch):
 @pytest.mark.parametrize('shape', [(32, 16), (3, 3, 8, 16)], ids=['dense', 'conv'])
 def test_the_branch_takes_what_four_bits_cannot_hold(shape):
     kernel = kernel_of_few_directions(shape)
-    nothing = jax.tree.map(jnp.zeros_like, svdquant.split(kernel, SPEC, 2, 4))
+    nothing = jax.tree.map(jnp.zeros_like, svdquant.split(kernel, WEIGHT, 2, 4))
     errors = [weight_error(kernel, nothing)]
     for rank in (2, 8):
-        errors.append(weight_error(kernel, svdquant.split(kernel, SPEC, rank, 4)))
+        errors.append(weight_error(kernel, svdquant.split(kernel, WEIGHT, rank, 4)))
     assert errors[1] < errors[0] / 4 and errors[2] < errors[1], errors
 
 
 def test_without_refits_it_is_the_best_approximation_of_its_rank():
     kernel = kernel_of_few_directions((32, 16))
-    branch = svdquant.split(kernel, SPEC, 3, 0)
+    branch = svdquant.split(kernel, WEIGHT, 3, 0)
     rest = np.asarray(kernel - low_rank.delta(branch), np.float64)
     spectrum = np.linalg.svd(np.asarray(kernel, np.float64), compute_uv=False)
     # Eckart and Young; the halves are rounded to float16 (eps 2^-10).
@@ -54,12 +54,12 @@ def test_without_refits_it_is_the_best_approximation_of_its_rank():
 
 def test_refits_never_make_it_worse():
     kernel = kernel_of_few_directions((32, 16), seed=3)
-    errors = [weight_error(kernel, svdquant.split(kernel, SPEC, 4, n)) for n in (0, 1, 8)]
+    errors = [weight_error(kernel, svdquant.split(kernel, WEIGHT, 4, n)) for n in (0, 1, 8)]
     assert errors[0] >= errors[1] >= errors[2] and errors[2] < errors[0], errors
 
 
 def test_the_branch_fits_in_sixteen_bits():
-    branch = svdquant.split(kernel_of_few_directions((32, 16)), SPEC, 4, 4)
+    branch = svdquant.split(kernel_of_few_directions((32, 16)), WEIGHT, 4, 4)
     for half in branch.values():
         np.testing.assert_array_equal(half, np.asarray(half, np.float16).astype(np.float32))
 
