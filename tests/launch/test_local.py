@@ -70,6 +70,8 @@ def pretend(tmp_path, plan):
     return subprocess.Popen(
         ['bash', str(SCRIPT), str(plan.count(',') + 1), f'--plan={plan}'], env=environ, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # Tests in the background of a shell have no interrupts, nor would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
