@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +52,7 @@ from dmq_jax.config import (
 from dmq_jax.diffusion import samplers
 from dmq_jax.diffusion.schedule import Schedule
 from dmq_jax.models.ddpm_unet import DDPMUNet
-from dmq_jax.runtime import log
+from dmq_jax.runtime import log, memory
 from dmq_jax.runtime import programs as programs_lib
 from dmq_jax.runtime.memory import MEGABYTE, peak_rss_mb
 
@@ -88,7 +88,8 @@ _TORCH_PYTHON = flags.DEFINE_string(
     'torch_python', sys.executable, "Interpreter with torch and diffusers for --network; '': none."
 )
 _FOLDER = flags.DEFINE_string('folder', None, 'For the temporary checkpoint of --network.')
-_MEMORY = flags.DEFINE_bool('memory', True, 'Run each row once more, alone, for its peak memory.')
+_MEMORY = flags.DEFINE_bool('memory', True, 'Run each row once more, alone, for its memory.')
+_ALONE = flags.DEFINE_bool('alone', False, 'Print the memory of one row as JSON, and that is all.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,9 @@ class Row(NamedTuple):
       images_per_second: at the median.
       compile_s: seconds of compilation.
       program_mb: memory of the compiled program: arguments, results and temporaries.
-      peak_rss_mb: of a process that runs this row alone; None if not measured.
+      running_mb: the most that a process with this row alone holds while it runs; None if not
+        measured.
+      peak_rss_mb: the most it ever holds, mostly while compiling; None if not measured.
     """
 
     median_s: float
@@ -149,7 +152,8 @@ class Row(NamedTuple):
     images_per_second: float
     compile_s: float
     program_mb: float
-    peak_rss_mb: float | None
+    running_mb: float | None = None
+    peak_rss_mb: float | None = None
 
 
 def load_model(name: str, dtype: str = 'float32') -> denoisers.Denoiser:
@@ -191,9 +195,9 @@ def stored_as(params: PyTree, dtype: str) -> PyTree:
 
 
 def make_programs(
-    teacher: denoisers.Denoiser, config: BenchConfig, rows: tuple[str, ...]
+    teacher: denoisers.Denoiser, config: BenchConfig, rows: Iterable[str]
 ) -> dict[str, Program]:
-    """The compiled programs of `rows`, and always the teacher's."""
+    """The compiled programs of `rows`."""
     quant = QuantConfig(
         weight_bits=config.weight_bits, activation_bits=config.activation_bits,
         coverage=config.coverage,
@@ -262,7 +266,7 @@ def make_programs(
         'sample_float': lambda: draw(float_teacher),
         'sample_integer': lambda: draw(student()),
     }
-    return {name: make() for name, make in makers.items() if name == 'teacher' or name in rows}
+    return {name: makers[name]() for name in ROWS if name in rows}
 
 
 def call(program: Program) -> tuple[Program, float]:
@@ -274,7 +278,7 @@ def call(program: Program) -> tuple[Program, float]:
 
 
 def measure(programs: Mapping[str, Program], config: BenchConfig) -> dict[str, Row]:
-    """Times the programs in turn."""
+    """Times the programs, the teacher's among them, in turn."""
     programs = dict(programs)
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for index in range(config.num_rounds + 2):
@@ -293,33 +297,42 @@ def measure(programs: Mapping[str, Program], config: BenchConfig) -> dict[str, R
             images_per_second=config.batch_size / median,
             compile_s=program.compile_s,
             program_mb=programs_lib.peak_bytes(program.compiled) / MEGABYTE,
-            peak_rss_mb=None,
         )
     return result
 
 
-def measure_alone(name: str) -> float:
-    """The peak memory of a process that sets up, compiles and runs one row and the teacher's."""
-    command = [sys.executable, '-m', 'dmq_jax.bench', f'--rows={name}', '--num_rounds=1']
-    command += [f'--model={_MODEL.value}', f'--batch_size={_BATCH_SIZE.value or 8}', '--nomemory']
+def measure_memory(program: Program) -> dict[str, float]:
+    """`running_mb` and `peak_rss_mb` of this process, which has made this program alone."""
+    compiling = peak_rss_mb()
+    with memory.watched() as peak:
+        for _ in range(2):
+            program, _ = call(program)
+    return {'running_mb': peak.mb, 'peak_rss_mb': max(compiling, peak.mb)}
+
+
+def measure_alone(name: str) -> dict[str, float]:
+    """`measure_memory` in a process that sets up, compiles and runs one row and nothing else."""
+    command = [sys.executable, '-m', 'dmq_jax.bench', f'--rows={name}', '--alone']
+    command += [f'--model={_MODEL.value}', f'--batch_size={_BATCH_SIZE.value or 8}']
     command += [f'--num_steps={_NUM_STEPS.value}', f'--dtype={_DTYPE.value}']
     command += [f'--weight_bits={_WEIGHT_BITS.value}', f'--coverage={_COVERAGE.value}']
-    command += [f'--activation_bits={_ACTIVATION_BITS.value}', '--json=/dev/stdout']
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ)
-    return json.loads(done.stdout[done.stdout.index('{') :])['peak_rss_mb']
+    command += [f'--activation_bits={_ACTIVATION_BITS.value}']
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def table(rows: Mapping[str, Row]) -> list[str]:
     """The measurements as aligned lines."""
     lines = [
         f'{"row":16}{"median s":>10}{"min s":>10}{"x teacher":>11}{"images/s":>10}'
-        f'{"compile s":>11}{"program MB":>12}{"peak RSS MB":>13}'
+        f'{"compile s":>11}{"program MB":>12}{"running MB":>12}{"peak RSS MB":>13}'
     ]
     for name, row in rows.items():
-        rss = '-' if row.peak_rss_mb is None else f'{row.peak_rss_mb:.0f}'
+        held = [f'{mb:.0f}' if mb else '-' for mb in (row.running_mb, row.peak_rss_mb)]
         lines.append(
             f'{name:16}{row.median_s:10.4f}{row.min_s:10.4f}{row.ratio:11.2f}'
-            f'{row.images_per_second:10.2f}{row.compile_s:11.1f}{row.program_mb:12.0f}{rss:>13}'
+            f'{row.images_per_second:10.2f}{row.compile_s:11.1f}{row.program_mb:12.0f}'
+            f'{held[0]:>12}{held[1]:>13}'
         )
     return lines
 
@@ -330,7 +343,6 @@ def report(model: str, config: BenchConfig, rows: Mapping[str, Row]) -> dict[str
         'model': model,
         **dataclasses.asdict(config),
         'rows': {name: row._asdict() for name, row in rows.items()},
-        'peak_rss_mb': peak_rss_mb(),
         **circumstances(),
     }
 
@@ -412,10 +424,12 @@ def _main(arguments: list[str]) -> None:
         activation_bits=_ACTIVATION_BITS.value, coverage=_COVERAGE.value,
     )  # fmt: skip
     teacher = load_model(_MODEL.value, config.dtype)
-    programs = make_programs(teacher, config, tuple(_ROWS.value))
-    rows = measure(programs, config)
+    if _ALONE.value:
+        (program,) = make_programs(teacher, config, _ROWS.value).values()
+        return print(json.dumps(measure_memory(program)))
+    rows = measure(make_programs(teacher, config, {'teacher', *_ROWS.value}), config)
     if _MEMORY.value:
-        rows = {name: row._replace(peak_rss_mb=measure_alone(name)) for name, row in rows.items()}
+        rows = {name: row._replace(**measure_alone(name)) for name, row in rows.items()}
     result = report(_MODEL.value, config, rows)
     print(
         f'{_MODEL.value}, batch {config.batch_size}, {config.dtype}, W{config.weight_bits}'
