@@ -528,8 +528,35 @@ MethodConfig = (
     | TFMQDMConfig
     | TuneQDMConfig
 )
-# Those that learn nothing.
-_CALIBRATED_ONLY = (RoundToNearestConfig, RepQViTConfig, SVDQuantConfig)
+# The stage by which a method learns, as its paper has it; None: it only calibrates.
+LEARNS_BY: Mapping[str, str | None] = types.MappingProxyType(
+    {
+        'round_to_nearest': None,
+        'efficientdm': 'finetune',
+        'full_finetuning': 'adapt',
+        'lsq': 'finetune',
+        'ptqd': 'reconstruct',
+        'qdiffusion': 'reconstruct',
+        'qlora': 'adapt',
+        'repq_vit': None,
+        'svdquant': None,
+        'tcaq_dm': 'reconstruct',
+        'tfmq_dm': 'reconstruct',
+        'tuneqdm': 'adapt',
+    }
+)
+
+
+def why_not(stage: str, method: MethodConfig) -> str | None:
+    """Why a method has no such stage of learning, after its name in a sentence; None: it has."""
+    own = LEARNS_BY[method.name]
+    if own is None:
+        return 'learns nothing'
+    if stage == 'reconstruct' and own != 'reconstruct':
+        return 'does not learn block by block'
+    if stage == 'adapt' and isinstance(method, EfficientDMConfig) and method.loss == 'feature':
+        return "compares features of the teacher, which images have none of, unless loss='output'"
+    return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -643,11 +670,13 @@ class StudentConfig:
     title: str = ''  # in the table of a comparison; '': what the method is called
 
     def __post_init__(self):
-        _check(
-            self.finetune.num_iterations == 0 or not isinstance(self.method, _CALIBRATED_ONLY),
-            f'finetune.num_iterations={self.finetune.num_iterations}: the method '
-            f'{self.method.name!r} learns nothing; set it to 0 or choose another method.',
-        )
+        for name in ('reconstruct', 'finetune', 'adapt'):
+            num_iterations, lack = getattr(self, name).num_iterations, why_not(name, self.method)
+            _check(
+                num_iterations == 0 or lack is None,
+                f'{name}.num_iterations={num_iterations}: the method {self.method.name!r} {lack}; '
+                f'set it to 0 or choose another method.',
+            )
         is_float = self.quant.weight_bits == self.quant.activation_bits == FLOAT_BITS
         _check(
             not is_float or bool(self.quant.rules) or isinstance(self.method, FullFinetuningConfig),
@@ -792,6 +821,43 @@ def method_options(method: str | Mapping[str, Any]) -> dict[str, Any]:
         `name`.
     """
     return dict(RECIPES.get(method, {'name': method}) if isinstance(method, str) else method)
+
+
+# What a stage needs to be worth its minutes on the bundled teacher; the papers' iterations are ten
+# to fifty times as many.
+_QUICK: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
+    {
+        'reconstruct': {'num_iterations': 500, 'num_timesteps': 10, 'num_images': 64},
+        'finetune': {'num_iterations': 300},
+        'adapt': {'num_iterations': 400},
+    }
+)
+# The papers' rate is for 20,000 iterations.
+_QUICK_ROUNDING = 2e-2
+# What a paper asks of a stage besides.
+_ASKED = {('tcaq_dm', 'reconstruct'): {'num_rounds': 2}}
+
+
+def quick(method: str) -> dict[str, dict[str, Any]]:
+    """Options with which a method learns in minutes: `student(**quick('qdiffusion'))`.
+
+    Those of the method, and of the stage by which it learns (`LEARNS_BY`), if it does. A stage that
+    learns from images needs `images` besides.
+
+    Args:
+      method: the name of a method, or of one of `RECIPES`.
+    """
+    options = method_options(method)
+    name = options['name']
+    stage = LEARNS_BY.get(name)
+    if stage == 'reconstruct':
+        options = {'learning': {'rounding_learning_rate': _QUICK_ROUNDING}} | options
+    return {'method': options} | ({stage: quick_stage(stage, name)} if stage else {})
+
+
+def quick_stage(stage: str, method: str) -> dict[str, Any]:
+    """The options of one stage in `quick`, for the method of this name."""
+    return {**_QUICK[stage], **_ASKED.get((method, stage), {})}
 
 
 def base(schema: type = Config):
