@@ -1,4 +1,4 @@
-"""Laws of dmq_jax/config.py."""
+"""Laws of dmq_jax/config/."""
 
 import dataclasses
 import json
