@@ -31,6 +31,10 @@ ALLOWED = {
     'checkpoints': {'denoisers', 'diffusion', 'files', 'models', 'networks'},
     'teachers': {'assets', 'checkpoints', 'denoisers', 'files', 'networks', 'runtime'},
     **{stage: {'denoisers', 'kernels'} | LIBRARIES for stage in STAGES},
+    # What it is made of.
+    'blocks': {'denoisers'} | LIBRARIES,
+    'trajectories': {'denoisers'} | LIBRARIES,
+    'reconstruct': {'blocks', 'denoisers', 'trajectories'} | LIBRARIES,
     # It reads what these two wrote.
     'reporting': {'calibrate', 'exporting', 'denoisers', 'kernels'} | LIBRARIES,
     'report': {'reporting', 'runtime'},
@@ -63,7 +67,9 @@ ALLOWED = {
     | {'kernels'}
     | STAGES
     | LIBRARIES,
-    'method_bench': {'denoisers', 'scale_sets', 'kernels'} | STAGES | LIBRARIES,
+    'method_bench': {'blocks', 'denoisers', 'scale_sets', 'trajectories', 'kernels'}
+    | STAGES
+    | LIBRARIES,
     'network_bench': {'checkpoints'} | LIBRARIES,
 }
 
