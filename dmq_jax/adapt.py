@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from dmq_jax import denoisers
 from dmq_jax.config import AdaptConfig
 from dmq_jax.diffusion import samplers
 from dmq_jax.diffusion.schedule import alphas_cumprod
+from dmq_jax.files import images as images_lib
 from dmq_jax.methods.base import (
     Method,
     Prediction,
@@ -36,6 +37,9 @@ from dmq_jax.quant.plan import Plan
 from dmq_jax.runtime import hosts, log, mesh, programs
 from dmq_jax.runtime.checkpoint import Checkpoints
 from dmq_jax.runtime.progress import progress
+
+# In place of a path: images that the teacher draws.
+TEACHER = 'teacher'
 
 _BATCH_RULES = (('.*', (mesh.BATCH,)),)
 
@@ -66,6 +70,47 @@ class Adapted(NamedTuple):
     state: State
     duration_s: float
     memory_mb: float | None = None
+
+
+def check_images(info: denoisers.DenoiserInfo, config: AdaptConfig) -> images_lib.ImageSet | None:
+    """The user's images, if the teacher could have drawn them; None where it is to draw them.
+
+    Raises:
+      ValueError: images or classes that the teacher cannot have, or a teacher of latents.
+    """
+    height, width, channels = info.image_shape
+    found = None if config.images == TEACHER else images_lib.load_images(config.images)
+    depth = channels if found is None else found.images.shape[-1]
+    if info.is_latent or depth != channels or height != width:
+        raise ValueError(
+            f'adapt.images={config.images!r}: images of {depth} channels; expected {channels}, for '
+            f'a teacher that draws square images and no latents.'
+        )
+    labels = None if found is None else found.labels
+    if info.num_classes is None or labels is None:
+        labels = np.asarray([config.label])
+    if info.num_classes is not None and not 0 <= labels.min() <= labels.max() < info.num_classes:
+        raise ValueError(
+            f'adapt: classes {labels.min()} to {labels.max()}; expected 0 to '
+            f'{info.num_classes - 1}, those of the teacher.'
+        )
+    return found
+
+
+def fit_images(
+    info: denoisers.DenoiserInfo, config: AdaptConfig, found: images_lib.ImageSet
+) -> tuple[UInt8[np.ndarray, 'N H W C'], Int[np.ndarray, 'N'] | None]:
+    """Images as large as the teacher's, and their classes, None iff it has none.
+
+    Args:
+      info: of the teacher.
+      config: names the class of images without labels.
+      found: from `check_images`, or drawn by the teacher.
+    """
+    images, labels = images_lib.pad_images(found.images, info.image_shape[0]), found.labels
+    if info.num_classes is not None and labels is None:
+        labels = np.full(len(images), config.label, np.int32)
+    return images, None if info.num_classes is None else labels
 
 
 def make_constants(

@@ -12,15 +12,15 @@ For example:
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
 from jaxtyping import Int, UInt8
 
-from dmq_jax import artefacts, calibrate, correct, denoisers, exporting, finetune, methods, sampling
+from dmq_jax import artefacts, denoisers, exporting, learning, sampling
 from dmq_jax import config as config_lib
 from dmq_jax.denoisers import Denoiser
 from dmq_jax.exporting import Exported, load
@@ -39,21 +39,31 @@ def quantize(
     workdir: str | os.PathLike | None = None,
     method_options: dict[str, Any] | None = None,
     calibrate_options: dict[str, Any] | None = None,
+    reconstruct_options: dict[str, Any] | None = None,
     finetune_options: dict[str, Any] | None = None,
+    adapt_options: dict[str, Any] | None = None,
     **quant_options: Any,
 ) -> Exported:
-    """Calibrates, fine-tunes and packs a teacher.
+    """Calibrates a teacher, lets the student learn as its method does, and packs it.
+
+    By default it learns by the stage of its paper (`config.LEARNS_BY`), for some minutes on a small
+    network (`config.quick`): block by block, as a whole, or on images; or not at all, where the
+    method only calibrates. Options of another stage make it learn by that one too.
 
     Args:
       teacher: the float network.
       method: 'round_to_nearest', 'efficientdm', any other of `dmq_jax.methods`, or 'best'.
-      num_iterations: optimizer steps; None is 0 for round to nearest, 300 for a method that learns.
+      num_iterations: optimizer steps of the method's own stage, per block where there are blocks;
+        0: it is left out; None: those of `config.quick`.
       seed: root of every random number.
-      workdir: keeps the checkpoints of the fine-tuning, from which an interrupted call goes on;
-        a folder for this call alone. None uses a temporary one.
+      workdir: keeps what is learnt, from which an interrupted call goes on; calls with other
+        methods may share it. None uses a temporary one.
       method_options: fields of the method's config, such as `lora_rank`.
       calibrate_options: fields of `config.CalibrateConfig`.
+      reconstruct_options: fields of `config.ReconstructConfig`.
       finetune_options: fields of `config.FinetuneConfig`.
+      adapt_options: fields of `config.AdaptConfig`; `images` is a file, a folder, 'tfds:NAME', or
+        'teacher': drawn by the teacher with the sampler of the calibration.
       **quant_options: fields of `config.QuantConfig`: `weight_bits`, `activation_bits`,
         `coverage`, ...
 
@@ -61,58 +71,77 @@ def quantize(
       The quantized network; `sample`, `export` and `exporting.denoiser` take it.
 
     Raises:
-      ValueError: an unknown option or an impossible value, or a `workdir` of other options or
-        in use; the text says which.
+      ValueError: an unknown option or an impossible value, a stage that the method does not have,
+        one that lacks its images, or a `workdir` of other options or in use; the text says which.
+      FileNotFoundError: no such images.
     """
-    if num_iterations is None:
-        num_iterations = 0 if method == 'round_to_nearest' else 300
+    student = _student(
+        method, num_iterations, method_options or {}, quant_options,
+        {'reconstruct': reconstruct_options, 'finetune': finetune_options, 'adapt': adapt_options},
+    )  # fmt: skip
+    calibrate = config_lib.from_config_dict(calibrate_options or {}, config_lib.CalibrateConfig)
+    config = config_lib.Config(
+        seed=seed, sampler=calibrate.sampler, calibrate=calibrate, students={method: student}
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(workdir or temporary)
+        context = learning.make_run(config, folder, teacher, device_mesh=mesh.make_mesh(1))
+        with artefacts.sole_user(folder):
+            return learning.pack(context, method)[0]
+
+
+def _student(
+    method: str,
+    num_iterations: int | None,
+    method_options: Mapping[str, Any],
+    quant_options: Mapping[str, Any],
+    stages: Mapping[str, Mapping[str, Any] | None],
+) -> config_lib.StudentConfig:
+    """The student that the arguments of `quantize` describe."""
+    options = config_lib.quick(method)
+    name = options['method']['name']
+    options['method'] = _merged(options['method'], method_options)
+    # Alone at first: what is said of stages needs to know the method.
     student = config_lib.from_config_dict(
-        {
-            'method': config_lib.method_options(method) | (method_options or {}),
-            'quant': quant_options,
-            'finetune': {'num_iterations': num_iterations} | (finetune_options or {}),
-        },
-        config_lib.StudentConfig,
+        {'method': options['method'], 'quant': quant_options}, config_lib.StudentConfig
     )
-    calibration_config = config_lib.from_config_dict(
-        calibrate_options or {}, config_lib.CalibrateConfig
-    )
-    plan = denoisers.make_plan(denoisers.quantizable(teacher), student.quant, teacher.network)
-    device_mesh = mesh.make_mesh(1)
-    calibrate_key, init_key, finetune_key = jax.random.split(jax.random.key(seed), 3)
-    learner = methods.make(student.method, plan, teacher.info.schedule.num_train_timesteps)
-    calibration = calibrate.run(
-        teacher, plan, calibration_config, key=calibrate_key, device_mesh=device_mesh,
-        channels=learner.channel_stats,
+    own = config_lib.LEARNS_BY[name]
+    if own is None and num_iterations:
+        raise ValueError(
+            f'num_iterations={num_iterations}: the method {method!r} learns nothing; set it to 0 '
+            f'or choose another method.'
+        )
+    for stage, given in stages.items():
+        lack = config_lib.why_not(stage, student.method)
+        if given is not None and lack is not None:
+            raise ValueError(
+                f'{stage}_options={given}: the method {method!r} {lack}; leave them out.'
+            )
+        if given is None and stage != own:
+            continue
+        defaults = config_lib.quick_stage(stage, name)
+        if stage == own and num_iterations is not None:
+            defaults['num_iterations'] = num_iterations
+        options[stage] = _merged(defaults, given or {})
+    adapt = options.get('adapt', {'num_iterations': 0})
+    if adapt['num_iterations'] and not adapt.get('images'):
+        raise ValueError(
+            f'adapt_options={stages["adapt"]}: the method {method!r} learns from images; add '
+            f"'images': a file, a folder, 'tfds:NAME', or 'teacher' for images that the teacher "
+            f'draws. num_iterations=0 leaves the stage out.'
+        )
+    return config_lib.from_config_dict(
+        options | {'quant': quant_options}, config_lib.StudentConfig
     )  # fmt: skip
-    state = jax.jit(learner.init)(teacher.params, calibration.stats, init_key)
-    lookup = student.quant.timestep_lookup
-    if num_iterations:
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(workdir or temporary)
-            with artefacts.sole_user(folder):
-                _claim(folder, student, state, seed)
-                state = finetune.run(
-                    teacher, learner, state, plan, calibration.timesteps, lookup,
-                    student.finetune, key=finetune_key, workdir=folder,
-                    device_mesh=device_mesh, description=method,
-                ).state  # fmt: skip
-    bound = jax.jit(learner.bind)(teacher.params, state)
-    bound = correct.run(
-        teacher, learner, bound, plan, calibration.timesteps, lookup, calibration_config,
-        key=jax.random.fold_in(calibrate_key, 1),
-    )  # fmt: skip
-    return exporting.make(teacher, plan, bound, calibration.timesteps, lookup)
 
 
-def _claim(folder: Path, student: config_lib.StudentConfig, state: Any, seed: int) -> None:
-    """Ties the folder of a fine-tuning to its options."""
-    # The start stands for the teacher and the calibration as well.
-    start = traverse_util.flatten_dict(jax.device_get(state), sep='/')
-    artefacts.claim(
-        folder,
-        {'student': config_lib.to_dict(student), 'start': artefacts.digest(start), 'seed': seed},
-    )
+def _merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options where those `given` win, in every dict among them."""
+    merged = {**defaults, **given}
+    for name in defaults.keys() & given.keys():
+        if isinstance(defaults[name], Mapping) and isinstance(given[name], Mapping):
+            merged[name] = _merged(defaults[name], given[name])
+    return merged
 
 
 def sample(

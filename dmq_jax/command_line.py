@@ -129,7 +129,7 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         text = _text(error)
         if isinstance(error, KeyError | AttributeError):
             name = ' '.join(text.split())
-            text = f'The config has no option {name}; dmq_jax/config.py lists them all.'
+            text = f'The config has no option {name}; dmq_jax/config/ lists them all.'
         elif 'Traceback' in text:
             # config_flags puts the whole traceback of a config file into its message.
             first, *_, last = text.strip().splitlines()

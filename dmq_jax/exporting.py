@@ -29,7 +29,7 @@ from dmq_jax.methods.base import (
     with_leaves,
     without_kernels,
 )
-from dmq_jax.quant.integer import integer_weight
+from dmq_jax.quant.codes import integer_weight
 from dmq_jax.quant.plan import LayerSpec
 from dmq_jax.quant.tensor import QuantizedTensor, QuantSpec, dequantize, pack
 from dmq_jax.runtime import checkpoint, log

@@ -16,7 +16,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dmq_jax import adapt, denoisers, exporting, finetune, methods, reconstruct, scale_sets
+from dmq_jax import (
+    adapt,
+    blocks,
+    denoisers,
+    exporting,
+    finetune,
+    methods,
+    reconstruct,
+    scale_sets,
+    trajectories,
+)
 from dmq_jax.config import (
     AdaptConfig,
     EfficientDMConfig,
@@ -323,18 +333,18 @@ def _reconstructing(setup: Setup, config: BenchConfig) -> Timed:
     num_samples = max(_NUM_SAMPLES, config.batch_size)
     key = jax.random.key(0)
     labels = denoisers.balanced_labels(num_samples, teacher.info.num_classes)
-    inputs = reconstruct.Inputs(
+    inputs = trajectories.Inputs(
         jax.random.normal(key, (num_samples, *teacher.info.image_shape)),
         jnp.asarray(np.resize(setup.timesteps, num_samples)),
         None if labels is None else jnp.asarray(labels),
     )
-    blocks = reconstruct.find_blocks(teacher, plan, options.blocks, method.joint)
+    found = blocks.find_blocks(teacher, plan, options.blocks, method.joint)
     state = jax.device_get(setup.state)
     slowest, total, compile_s, program_mb, running_mb = (0.0, ''), 0.0, 0.0, 0.0, 0.0
-    for block in blocks:
+    for block in found:
         in_all = 0.0
         for phase in method.phases:
-            if not reconstruct.learns(block, phase, plan):
+            if not blocks.learns(block, phase, plan):
                 continue
             step = reconstruct.make_block_step(
                 task, phase, block, state, inputs, share=1.0, key=key
@@ -351,7 +361,7 @@ def _reconstructing(setup: Setup, config: BenchConfig) -> Timed:
             program_mb = max(program_mb, programs.peak_bytes(compiled) / memory.MEGABYTE)
             running_mb = max(running_mb, mb)
         slowest, total = max(slowest, (in_all, block.name)), total + in_all
-    name = f'{slowest[1]}, of {len(blocks)}'
+    name = f'{slowest[1]}, of {len(found)}'
     return Timed(slowest[0], compile_s, program_mb, running_mb, total, name)
 
 

@@ -8,43 +8,33 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from flax import traverse_util
 
 from dmq_jax import (
-    adapt,
     analysis,
     artefacts,
-    calibrate,
-    correct,
     denoisers,
     evaluate,
     exporting,
-    finetune,
-    methods,
+    learning,
     networks,
-    reconstruct,
     report,
     sampling,
-    scale_sets,
     teachers,
 )
 from dmq_jax import config as config_lib
-from dmq_jax.config import AdaptConfig, Config, StudentConfig
-from dmq_jax.files import images as images_lib
-from dmq_jax.methods import base
-from dmq_jax.quant import plan as plan_lib
+from dmq_jax.config import Config
+from dmq_jax.learning import STAGES, Run
 from dmq_jax.reporting import charts, tables
 from dmq_jax.reporting.results import IMPLEMENTATIONS
-from dmq_jax.runtime import hosts, log, memory, mesh, parts
+from dmq_jax.runtime import hosts, log, mesh, parts
 from dmq_jax.runtime.progress import progress
 
-STAGES = ('calibrate', 'finetune', 'export', 'sample', 'evaluate', 'analyse', 'report')
 # Besides them, on demand: what the teacher is.
 DESCRIBE = 'teacher'
 TEACHER = 'teacher'
@@ -54,24 +44,6 @@ _IMAGES, _SPEED, _RATE = 'images.npz', 'speed.json', 'images_per_second'
 _PATIENCE_S = 60
 # What learning took, as the manifest of an export tells it.
 _COSTS = ('finetune_seconds', 'trained_parameters', 'training_mb', 'set_mb')
-# Where the state lies that a stage of learning leaves.
-_LEARNT = {'reconstruct': 'reconstructed', 'finetune': 'state', 'adapt': 'adapted'}
-
-
-class Run(NamedTuple):
-    """What every stage of one run shares."""
-
-    config: Config
-    workdir: Path
-    teacher: denoisers.Denoiser
-    layers: dict[str, plan_lib.QuantizableLayer]
-    plans: dict[str, dict[str, plan_lib.LayerSpec]]
-    device_mesh: mesh.Mesh
-    teacher_id: str
-
-    def key(self, stage: str) -> jax.Array:
-        """The root key of a stage."""
-        return jax.random.fold_in(jax.random.key(self.config.seed), STAGES.index(stage))
 
 
 def run(config: Config, workdir: Path, stages: Sequence[str] = STAGES) -> None:
@@ -101,12 +73,12 @@ def _run_stages(context: Run, reference: evaluate.Reference | None, stages: Sequ
         for line in describe(context):
             print(line)
     if 'calibrate' in stages and config.students:
-        calibration(context)
+        learning.calibration(context)
     for name in config.students:
-        if 'finetune' in stages and learns(config.students[name]):
-            learn(context, name)
+        if 'finetune' in stages and learning.learns(config.students[name]):
+            learning.learn(context, name)
         if 'export' in stages:
-            exported(context, name)
+            learning.exported(context, name)
     if 'sample' in stages:
         for name in (TEACHER, *config.students):
             samples(context, name)
@@ -201,37 +173,7 @@ def open_run(config: Config, workdir: Path, reference: evaluate.Reference | None
     teacher = load_teacher(config, device_mesh)
     if reference is not None:
         evaluate.check(reference, teacher.info, config.sample.num_images)
-    layers = denoisers.quantizable(teacher)
-    plans = {
-        name: denoisers.make_plan(layers, student.quant, teacher.network)
-        for name, student in config.students.items()
-    }
-    learning = [
-        stage
-        for student in config.students.values()
-        for stage in (student.reconstruct, student.finetune)
-        if stage.num_iterations
-    ]
-    for name, student in config.students.items():
-        if student.reconstruct.num_iterations:
-            reconstruct.check(methods.make(student.method, plans[name]))
-            reconstruct.check_mesh(device_mesh, student.reconstruct)
-        if student.adapt.num_iterations:
-            check_images(teacher.info, student.adapt)
-    for sampler in (config.sampler, config.calibrate.sampler, *(s.sampler for s in learning)):
-        denoisers.make_denoiser_sampler(teacher, sampler)
-    return Run(config, workdir, teacher, layers, plans, device_mesh, teacher_id(teacher))
-
-
-def teacher_id(teacher: denoisers.Denoiser) -> str:
-    """Names a teacher by what it is rather than by its path, behind which files may change."""
-    params = traverse_util.flatten_dict(jax.device_get(teacher.params), sep='/')
-    settings = [denoisers.network_settings(teacher.network), denoisers.info_settings(teacher.info)]
-    if teacher.decoder is not None:
-        decoder = traverse_util.flatten_dict(jax.device_get(teacher.decoder.params), sep='/')
-        params |= {f'decoder/{name}': leaf for name, leaf in decoder.items()}
-        settings.append(denoisers.network_settings(teacher.decoder.network))
-    return artefacts.digest(params, settings)
+    return learning.make_run(config, workdir, teacher, device_mesh=device_mesh)
 
 
 def dry_run(config: Config) -> None:
@@ -244,271 +186,6 @@ def dry_run(config: Config) -> None:
             print(line)
 
 
-def calibration(context: Run) -> calibrate.Calibration:
-    """Statistics of every quantizable input; one for all students."""
-    config = context.config.calibrate
-    # Parts of layers besides, where a student has any.
-    parts = sorted({p for plan in context.plans.values() for p in plan} - context.layers.keys())
-    observed = dict.fromkeys(
-        [*context.layers, *parts],
-        plan_lib.LayerSpec(weight=None, inputs=denoisers.OBSERVED),
-    )
-    channels = any(make_method(context, name).channel_stats for name in context.config.students)
-    # Named where they are asked for: a calibration without them stays what it was.
-    extra = ({'parts': parts} if parts else {}) | ({'channels': True} if channels else {})
-
-    def make() -> calibrate.Calibration:
-        return calibrate.run(
-            context.teacher, observed, config,
-            key=context.key('calibrate'), device_mesh=context.device_mesh, channels=channels,
-        )  # fmt: skip
-
-    return artefacts.artefact(
-        context.workdir / 'calibration',
-        {'calibrate': config_lib.to_dict(config), 'teacher': context.teacher_id,
-         'seed': context.config.seed, **extra},
-        make=make,
-        save=lambda path, result: calibrate.save(path / 'stats.npz', result),
-        load=lambda path: calibrate.load(path / 'stats.npz'),
-    )  # fmt: skip
-
-
-def student_folder(context: Run, name: str) -> Path:
-    """Where everything of one student lies."""
-    return context.workdir / 'students' / name
-
-
-def make_method(context: Run, name: str) -> methods.Method:
-    """The student's method."""
-    return methods.make(
-        context.config.students[name].method,
-        context.plans[name],
-        context.teacher.info.schedule.num_train_timesteps,
-    )
-
-
-def learns(student: StudentConfig) -> bool:
-    """Whether anything is learnt beyond calibration."""
-    stages = student.reconstruct, student.finetune, student.adapt
-    return any(stage.num_iterations for stage in stages)
-
-
-class Learnt(NamedTuple):
-    """What all stages of learning left.
-
-    Attributes:
-      method: of the student.
-      state: learnt.
-      duration_s: of learning.
-      memory_mb: the most it held, see `runtime.memory`; None: nothing was learnt.
-      num_trained: numbers that were trained.
-    """
-
-    method: methods.Method
-    state: dict[str, Any]
-    duration_s: float
-    memory_mb: float | None
-    num_trained: int
-
-
-def learn(context: Run, name: str) -> Learnt:
-    """The student after all its stages of learning."""
-    student = context.config.students[name]
-    stats = calibration(context)
-    method = make_method(context, name)
-    # The same key for all: students that differ in one option start from the same numbers.
-    key = context.key('finetune')
-    inputs = context.teacher.params, stats.stats, key
-    state = jax.jit(method.init)(*inputs)
-    took = []
-    folder, options = student_folder(context, name), student_options(context, student)
-    shared = context.plans[name], stats.timesteps, student.quant.timestep_lookup
-
-    def learnt(stage: str, run: Callable[[], Any]) -> dict[str, Any]:
-        """The state after a stage that is resumed where it was."""
-
-        def make() -> Any:
-            # Checkpoints outlive the artefact they lead to, and so need a mark of their own.
-            artefacts.claim(folder / stage, options)
-            with memory.watched() as peak:
-                result = run()
-            return result._replace(memory_mb=peak.mb)
-
-        result = artefacts.artefact(
-            folder / _LEARNT[stage],
-            options,
-            make=make,
-            save=lambda path, result: finetune.save(path / 'state.safetensors', result),
-            load=lambda path: finetune.load(
-                path / 'state.safetensors', jax.eval_shape(method.init, *inputs)
-            ),
-        )
-        took.append((result.duration_s, result.memory_mb))
-        return result.state
-
-    if student.reconstruct.num_iterations:
-        state = learnt('reconstruct', lambda: reconstruct.run(
-            context.teacher, method, state, *shared, student.reconstruct,
-            key=jax.random.fold_in(key, 2), workdir=folder / 'reconstruct',
-            device_mesh=context.device_mesh, description=f'reconstruct {name}',
-        ))  # fmt: skip
-    if student.finetune.num_iterations:
-        state = learnt('finetune', lambda: finetune.run(
-            context.teacher, method, state, *shared, student.finetune,
-            key=jax.random.fold_in(key, 1), workdir=folder / 'finetune',
-            device_mesh=context.device_mesh, description=f'finetune {name}',
-        ))  # fmt: skip
-    if student.adapt.num_iterations:
-        state = learnt('adapt', lambda: adapt.run(
-            context.teacher, method, state, *shared, student.adapt,
-            **adapt_images(context, student.adapt),
-            key=jax.random.fold_in(key, 3), workdir=folder / 'adapt',
-            device_mesh=context.device_mesh, description=f'adapt {name}',
-        ))  # fmt: skip
-    optimizers = [phase.optimizer for phase in method.phases if student.reconstruct.num_iterations]
-    if student.finetune.num_iterations or student.adapt.num_iterations:
-        optimizers.append(method.optimizer)
-    peaks = [memory_mb for _, memory_mb in took if memory_mb is not None]
-    return Learnt(
-        method, state, sum(duration_s for duration_s, _ in took), max(peaks, default=None),
-        base.num_trained(state, optimizers),
-    )  # fmt: skip
-
-
-def check_images(info: denoisers.DenoiserInfo, config: AdaptConfig) -> images_lib.ImageSet | None:
-    """The user's images, if the teacher could have drawn them; None where it is to draw them.
-
-    Raises:
-      ValueError: images or classes that the teacher cannot have, or a teacher of latents.
-    """
-    height, width, channels = info.image_shape
-    found = None if config.images == TEACHER else images_lib.load_images(config.images)
-    depth = channels if found is None else found.images.shape[-1]
-    if info.is_latent or depth != channels or height != width:
-        raise ValueError(
-            f'adapt.images={config.images!r}: images of {depth} channels; expected {channels}, for '
-            f'a teacher that draws square images and no latents.'
-        )
-    labels = None if found is None else found.labels
-    if info.num_classes is None or labels is None:
-        labels = np.asarray([config.label])
-    if info.num_classes is not None and not 0 <= labels.min() <= labels.max() < info.num_classes:
-        raise ValueError(
-            f'adapt: classes {labels.min()} to {labels.max()}; expected 0 to '
-            f'{info.num_classes - 1}, those of the teacher.'
-        )
-    return found
-
-
-def adapt_images(context: Run, config: AdaptConfig) -> dict[str, Any]:
-    """What a student is adapted to: `images` in [-1, 1], as large as the teacher's, and `labels`.
-
-    Raises:
-      ValueError: see `check_images`.
-    """
-    info = context.teacher.info
-    found = check_images(info, config)
-    if found is None:
-        found = drawn_images(context, config.num_images)
-    labels = found.labels
-    if info.num_classes is not None and labels is None:
-        labels = np.full(len(found.images), config.label, np.int32)
-    padded = images_lib.pad_images(found.images, info.image_shape[0])
-    return {
-        'images': np.asarray(sampling.to_float(padded)),
-        'labels': None if info.num_classes is None else labels,
-    }
-
-
-def drawn_images(context: Run, num_images: int) -> images_lib.ImageSet:
-    """Images of the teacher for its students to adapt to; others than those that are evaluated."""
-    config = context.config
-    labels = denoisers.balanced_labels(num_images, context.teacher.info.num_classes)
-
-    def make() -> np.ndarray:
-        return sampling.draw(
-            context.teacher, config.sampler, labels=labels, num_images=num_images,
-            key=jax.random.fold_in(context.key('finetune'), 4),
-            batch_size=min(config.sample.batch_size, num_images),
-        )  # fmt: skip
-
-    images = artefacts.artefact(
-        context.workdir / 'adapt_images' / str(num_images),
-        drawn_options(context, num_images),
-        make=make,
-        save=lambda path, drawn: np.savez_compressed(path / 'images.npz', arr_0=drawn),
-        load=lambda path: read_arrays(path / 'images.npz')['arr_0'],
-    )
-    return images_lib.ImageSet(images, labels)
-
-
-def drawn_options(context: Run, num_images: int) -> dict[str, Any]:
-    """What the images of `drawn_images` depend on."""
-    sampler = config_lib.to_dict(context.config.sampler)
-    return {'teacher': context.teacher_id, 'sampler': sampler, 'seed': context.config.seed,
-            'num_images': num_images}  # fmt: skip
-
-
-def student_options(context: Run, student: StudentConfig) -> dict[str, Any]:
-    """Everything the student depends on."""
-    options = config_lib.to_dict(student)
-    for name in ('checkpoint_every', 'log_every', 'max_to_keep'):
-        del options['finetune'][name]
-    for name in ('checkpoint_every', 'log_every', 'remat'):
-        del options['adapt'][name]
-    del options['title']
-    # Named where it is asked for: what is made without it stays what it was.
-    if student.adapt.images != TEACHER:
-        del options['adapt']['num_images']
-    images = None
-    if student.adapt.num_iterations and student.adapt.images == TEACHER:
-        images = drawn_options(context, student.adapt.num_images)
-    elif student.adapt.num_iterations:
-        # By what they are: files behind a path may change.
-        found = images_lib.load_images(student.adapt.images)._asdict()
-        images = artefacts.digest({n: array for n, array in found.items() if array is not None})
-    return {
-        'student': options,
-        'calibration': artefacts.fingerprint(context.workdir / 'calibration'),
-        'images': images,
-    }
-
-
-def exported(context: Run, name: str) -> exporting.Exported:
-    """The student as packed integers."""
-    student = context.config.students[name]
-    calibration(context)
-
-    def make() -> tuple[exporting.Exported, dict[str, Any]]:
-        stats = calibration(context)
-        learnt = learn(context, name)
-        bound = jax.jit(learnt.method.bind)(context.teacher.params, learnt.state)
-        shared = context.plans[name], stats.timesteps, student.quant.timestep_lookup
-        bound = correct.run(
-            context.teacher, learnt.method, bound, *shared, context.config.calibrate,
-            key=jax.random.fold_in(context.key('export'), 0),
-        )  # fmt: skip
-        plan, *tables_of = shared
-        model = exporting.make(context.teacher, plan, bound, *tables_of)
-        # What another adaptation of the same integers takes.
-        is_switched = learnt.method.beside is not None
-        return model, {
-            'finetune_seconds': learnt.duration_s,
-            'method': student.method.name,
-            'trained_parameters': learnt.num_trained,
-            'training_mb': learnt.memory_mb,
-            'set_mb': scale_sets.size_bytes(model) / memory.MEGABYTE if is_switched else None,
-        }
-
-    def save(path: Path, made: tuple[exporting.Exported, dict[str, Any]]) -> None:
-        exporting.save(path, *made)
-
-    return artefacts.artefact(
-        student_folder(context, name) / 'export', student_options(context, student), make=make,
-        save=save, load=exporting.load,
-    )  # fmt: skip
-
-
 def samples(context: Run, name: str) -> dict[str, Any]:
     """The images of the teacher or of a student, see `read_samples`."""
     config = context.config
@@ -517,9 +194,9 @@ def samples(context: Run, name: str) -> dict[str, Any]:
     if name == TEACHER:
         options['teacher'] = context.teacher_id
     else:
-        exported(context, name)
+        learning.exported(context, name)
         options |= {'mode': config.sample.mode}
-        options['export'] = artefacts.fingerprint(student_folder(context, name) / 'export')
+        options['export'] = artefacts.fingerprint(learning.student_folder(context, name) / 'export')
 
     folder = context.workdir / 'samples' / name
     growing = folder.with_name(f'{name}.parts')
@@ -528,7 +205,7 @@ def samples(context: Run, name: str) -> dict[str, Any]:
         if name == TEACHER:
             denoiser = context.teacher
         else:
-            denoiser = exporting.denoiser(exported(context, name), config.sample.mode)
+            denoiser = exporting.denoiser(learning.exported(context, name), config.sample.mode)
         artefacts.claim(growing, options)
         return draw(context, denoiser, f'sample {name}', growing)
 
@@ -543,7 +220,7 @@ def samples(context: Run, name: str) -> dict[str, Any]:
         log.write_json(path / _SPEED, {_RATE: drawn[_RATE]})
         if options.get('mode') == 'integer':
             # Read as it is: `exported` is for all processes together, and this one saves alone.
-            model = exporting.load(student_folder(context, name) / 'export')
+            model = exporting.load(learning.student_folder(context, name) / 'export')
             ran = exporting.implementations(model, config.sample.batch_size)
             log.write_json(path / IMPLEMENTATIONS, ran)
         count = min(config.report.grid_size**2, config.sample.num_images)
@@ -680,7 +357,7 @@ def protocol(context: Run, reference: evaluate.Reference) -> dict[str, Any]:
 
 def analyse(context: Run, name: str) -> dict[str, Any]:
     """Where the error of a student sits: see `analysis.run`."""
-    model = exported(context, name)
+    model = learning.exported(context, name)
 
     def make() -> dict[str, Any]:
         return analysis.run(
@@ -689,8 +366,8 @@ def analyse(context: Run, name: str) -> dict[str, Any]:
         )  # fmt: skip
 
     return artefacts.artefact(
-        student_folder(context, name) / 'analysis',
-        {'export': artefacts.fingerprint(student_folder(context, name) / 'export'),
+        learning.student_folder(context, name) / 'analysis',
+        {'export': artefacts.fingerprint(learning.student_folder(context, name) / 'export'),
          'sampler': config_lib.to_dict(context.config.sampler), 'seed': context.config.seed},
         make=make,
         save=lambda path, result: log.write_json(path / 'analysis.json', result),
@@ -707,7 +384,7 @@ def describe_network(context: Run, name: str) -> dict[str, Any]:
                 'per_timestep': None, 'size_mb': size / 1e6,
                 **dict.fromkeys(_COSTS)}  # fmt: skip
     student = context.config.students[name]
-    folder = student_folder(context, name) / 'export'
+    folder = learning.student_folder(context, name) / 'export'
     facts = exporting.read_manifest(folder)['facts']
     return {
         'method': student.method.name,

@@ -12,10 +12,7 @@ state of a block by 'fsdp'. A run that is asked to stop does so within a block, 
 kept: a restart goes on after the last whole one.
 """
 
-import dataclasses
 import functools
-import os
-import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,15 +21,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Int, Key, PyTree
 
 from dmq_jax import denoisers
+from dmq_jax.blocks import Block, find_blocks, learns, merge, select, without_inputs
 from dmq_jax.config import ReconstructConfig
-from dmq_jax.diffusion import samplers
 from dmq_jax.methods.base import (
     Bound,
-    JointBlock,
     Method,
     Phase,
     State,
@@ -41,50 +36,15 @@ from dmq_jax.methods.base import (
     with_weights,
 )
 from dmq_jax.quant.layers import recorded_calls
-from dmq_jax.quant.plan import LayerSpec, Plan, layer_at
+from dmq_jax.quant.plan import Plan
 from dmq_jax.runtime import hosts, log, mesh
 from dmq_jax.runtime.checkpoint import Checkpoints
 from dmq_jax.runtime.progress import progress
+from dmq_jax.trajectories import Inputs, draw_inputs, load_inputs, save_inputs
 
 # How the state of a block and its moments lie on a mesh.
 _STATE_RULES = (('.*', mesh.Spread(largest='fsdp')),)
 _CHECK_EVERY = 100  # optimizer steps between looks at the loss, which wait for the device
-
-
-class Inputs(NamedTuple):
-    """What the network is given at moments of trajectories.
-
-    Attributes:
-      x: noisy images.
-      t: timestep of each.
-      y: condition of each; None if unconditional.
-    """
-
-    x: Float[Array, 'N H W C']
-    t: Int[Array, 'N']
-    y: PyTree
-
-
-class Block(NamedTuple):
-    """A part of the network that learns as one.
-
-    Attributes:
-      path: of its module; '' is the network itself.
-      layers: paths of the quantized layers in it that learn with it.
-      fixed: paths of those that have learnt before, with a joint block.
-      outputs: of a joint block (`methods.base.JointBlock`), the layers whose outputs are compared;
-        (): the module's own.
-    """
-
-    path: str
-    layers: tuple[str, ...]
-    fixed: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """For people."""
-        return self.path or 'joint block'
 
 
 class Reconstructed(NamedTuple):
@@ -93,145 +53,6 @@ class Reconstructed(NamedTuple):
     state: State
     duration_s: float
     memory_mb: float | None = None
-
-
-def draw_inputs(
-    teacher: denoisers.Denoiser,
-    denoiser: denoisers.Denoiser,
-    config: ReconstructConfig,
-    *,
-    key: Key[Array, ''],
-    device_mesh: mesh.Mesh | None = None,
-) -> Inputs:
-    """`num_timesteps` evenly spaced moments of `num_images` trajectories.
-
-    With guidance, each is there twice: with the null condition and with its own.
-
-    Args:
-      teacher: says what is drawn and with which classes.
-      denoiser: draws: the teacher, or a student.
-      config: sampler, and how many.
-      key: root key of the images.
-      device_mesh: splits every batch over its devices; None: one device.
-    """
-    device_mesh = device_mesh or mesh.make_mesh(1)
-    sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
-    info, scale = teacher.info, config.sampler.guidance_scale
-    predict = mesh.on_whole(device_mesh, denoisers.guided(denoiser.predict, info, scale))
-    weights = mesh.shard_weights(device_mesh, denoiser.params)
-    steps = np.arange(config.num_timesteps) * (len(sampler.timesteps) // config.num_timesteps)
-    labels = denoisers.balanced_labels(config.num_images, info.num_classes)
-
-    @jax.jit
-    def draw(params, sampler, keys, y):
-        x_T = samplers.initial_noise(keys, info.image_shape)
-        _, carries = samplers.trajectory(
-            lambda x, t: (predict(params, x, t, y), None), sampler, x_T, keys
-        )
-        return carries.x[steps]
-
-    moments, parts = [], mesh.batch_parts(device_mesh)
-    for begin in range(0, config.num_images, config.batch_size):
-        indices = np.arange(begin, min(begin + config.batch_size, config.num_images))
-        # Filled up to what the devices divide, and cut.
-        padded = np.resize(indices, -(-len(indices) // parts) * parts)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(padded, jnp.uint32))
-        y = None if labels is None else labels[padded]
-        keys, y = mesh.shard_batch(device_mesh, (keys, y))
-        drawn = mesh.fetch(device_mesh, draw(weights, sampler, keys, y))
-        moments.append(drawn[:, : len(indices)])
-    x = np.concatenate(moments, axis=1)  # [timesteps, images, H, W, C]
-    t = np.repeat(np.asarray(sampler.timesteps)[steps], config.num_images)
-    x = x.reshape(-1, *x.shape[2:])
-    y = None if labels is None else jnp.tile(jnp.asarray(labels), config.num_timesteps)
-    inputs = Inputs(jnp.asarray(x), jnp.asarray(t), y)
-    if scale == 1.0:
-        return inputs
-    null = inputs._replace(y=denoisers.null_like(y, info))
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b]), null, inputs)
-
-
-def find_blocks(
-    teacher: denoisers.Denoiser, plan: Plan, pattern: str, joint: JointBlock | None = None
-) -> list[Block]:
-    """The blocks that hold the layers of `plan`: a joint one, then in the order of execution.
-
-    Args:
-      teacher: the float network.
-      plan: what is quantized.
-      pattern: regular expression over module paths; outermost matches are blocks.
-      joint: layers that learn before all others; those that are not trainable do not.
-
-    Raises:
-      ValueError: the pattern matches no module.
-    """
-
-    def trace(params, x, t, y):
-        with recorded_calls(lambda path: path != '') as calls:
-            teacher.network.apply({'params': params}, x, t, y)
-        paths.extend(calls)
-
-    paths: list[str] = []
-    jax.eval_shape(trace, teacher.params, *denoisers.example_inputs(teacher.info, batch_size=1))
-    layers = set(map(layer_at, plan))
-    owners: dict[str, list[str]] = {}
-    for path in paths:
-        parts = path.split('/')
-        above = ('/'.join(parts[:i]) for i in range(1, len(parts) + 1))
-        owner = next((p for p in above if re.fullmatch(pattern, p)), None)
-        if owner is not None or path in layers:
-            owners.setdefault(owner or path, [])
-    if not any(re.fullmatch(pattern, path) for path in owners):
-        raise ValueError(f'reconstruct.blocks={pattern!r} matches no module of the network.')
-    for path in plan:
-        owner = next(p for p in owners if path == p or path.startswith(f'{p}/'))
-        owners[owner].append(path)
-    blocks = [Block(path, tuple(layers)) for path, layers in owners.items() if layers]
-    return blocks if joint is None else _with_joint(blocks, plan, joint)
-
-
-def _with_joint(blocks: list[Block], plan: Plan, joint: JointBlock) -> list[Block]:
-    taken = tuple(path for path in plan if re.fullmatch(joint.layers, layer_at(path)))
-    outputs = tuple(path for path in taken if re.fullmatch(joint.outputs, path))
-    if not outputs:
-        raise ValueError(
-            f'layers={joint.layers!r}, outputs={joint.outputs!r} of the method: expected both to '
-            f'match quantized layers, such as {", ".join(list(plan)[:3])}.'
-        )
-    rest = []
-    for block in blocks:
-        layers = tuple(path for path in block.layers if path not in taken)
-        fixed = tuple(path for path in block.layers if path in taken)
-        if layers:
-            rest.append(block._replace(layers=layers, fixed=fixed))
-    return [Block('', taken, outputs=outputs), *rest]
-
-
-def select(state: PyTree, layers: Mapping[str, Any] | tuple[str, ...], plan: Plan) -> PyTree:
-    """The part of a state that belongs to `layers`; see `methods.base`."""
-    if not isinstance(state, dict):
-        return state
-    if any(name in plan for name in state):
-        return {path: entry for path, entry in state.items() if path in layers}
-    return {name: select(entry, layers, plan) for name, entry in state.items()}
-
-
-def merge(state: PyTree, part: PyTree) -> PyTree:
-    """`state` with what `part`, a part of it, holds."""
-    if not isinstance(state, dict):
-        return part
-    return {
-        name: merge(entry, part[name]) if name in part else entry for name, entry in state.items()
-    }
-
-
-def without_inputs(plan: Plan) -> Plan:
-    """`plan` with all activations in float."""
-    return {
-        path: dataclasses.replace(spec, inputs=None)
-        for path, spec in plan.items()
-        if spec.weight is not None
-    }
 
 
 class _Examples(NamedTuple):
@@ -393,18 +214,6 @@ def check_mesh(device_mesh: mesh.Mesh, config: ReconstructConfig) -> None:
     mesh.check_batch_size(
         device_mesh, num_samples, name='reconstruct.num_timesteps * num_images'
     )  # fmt: skip
-
-
-def learns(block: Block, phase: Phase, plan: Plan) -> bool:
-    """Whether a block has anything to learn in a phase."""
-    if block.outputs and phase.rounds_inputs:
-        return False  # a joint block's activations are not learnt
-    return any(_is_learnt(plan[path], phase) for path in block.layers)
-
-
-def _is_learnt(spec: LayerSpec, phase: Phase) -> bool:
-    """Whether a layer has what a phase is about: rounded activations, or else rounded weights."""
-    return (spec.inputs if phase.rounds_inputs else spec.weight) is not None
 
 
 def _round_inputs(task, state, i, *, key, workdir):
@@ -627,26 +436,3 @@ def _in_batches(task, function, inputs):
         return _split(task.device_mesh, joined)
 
     return join(parts)
-
-
-def save_inputs(path: str | os.PathLike, inputs: Inputs, key: Key[Array, '']) -> None:
-    """Writes inputs and the key they were drawn with as one `.npz`."""
-    arrays = {'x': inputs.x, 't': inputs.t, 'key': jax.random.key_data(key)}
-    if inputs.y is not None:
-        arrays |= {f'y:{n}': a for n, a in _as_mapping(inputs.y).items()}
-    partial = Path(path).with_suffix('.partial.npz')
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(partial, **jax.device_get(arrays))
-    os.replace(partial, path)
-
-
-def load_inputs(path: str | os.PathLike) -> Inputs:
-    """Reads what `save_inputs` wrote."""
-    with np.load(path) as arrays:
-        y = {n[2:]: jnp.asarray(arrays[n]) for n in arrays.files if n.startswith('y:')}
-        y = y.get('', y) if y else None
-        return Inputs(jnp.asarray(arrays['x']), jnp.asarray(arrays['t']), y)
-
-
-def _as_mapping(y):
-    return traverse_util.flatten_dict(y, sep=':') if isinstance(y, Mapping) else {'': y}

@@ -50,9 +50,10 @@ def pytest_configure(config):
 # the end. Relative to this folder.
 _LONGEST = (
     'test_pipeline.py', 'methods/test_all.py', 'test_exporting.py', 'test_finetune.py',
-    'test_compare.py', 'test_adapt.py', 'launch/test_local.py', 'test_train_teacher.py',
-    'metrics/test_inception.py', 'test_method_bench.py', 'test_bench.py', 'test_adm.py',
-    'test_costs.py', 'test_reconstruct.py', 'models/test_ddpm_unet.py', 'test_networks.py',
+    'test_api.py', 'test_compare.py', 'test_adapt.py', 'launch/test_local.py',
+    'test_train_teacher.py', 'metrics/test_inception.py', 'test_method_bench.py', 'test_bench.py',
+    'test_adm.py', 'test_costs.py', 'test_reconstruct.py', 'models/test_ddpm_unet.py',
+    'test_networks.py',
 )  # fmt: skip
 
 

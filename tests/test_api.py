@@ -1,13 +1,19 @@
+import dataclasses
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 import dmq_jax
-from dmq_jax import api, teachers
+from dmq_jax import api, learning, pipeline, reconstruct, teachers
+from dmq_jax import config as config_lib
+from dmq_jax.models.dit import DiT
+from dmq_jax.quant import tensor
+from dmq_jax.runtime import hosts
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -45,28 +51,197 @@ def test_a_quantized_network_samples_the_same_after_export_and_load(teacher, mod
     assert 0 < difference.mean() < 64
 
 
-def test_fine_tuning_goes_on_only_with_the_options_it_began_with(teacher, tmp_path, monkeypatch):
-    calls = []
+# One block of a transformer: enough for every method, and no more to be compiled than that.
+NETWORK = DiT(
+    num_layers=1, num_heads=2, head_dim=4, sample_size=4, num_classes=tiny.NUM_CLASSES,
+    in_channels=1, out_channels=1,
+)  # fmt: skip
+FEW = {'pattern': 'block_0/(modulation|attention/(q|attend/.*)|mlp/dense_0)'}, RULES[1]
+FEW_QUANT = QUANT | {'coverage': 'rules', 'rules': FEW}
+BRIEF = {
+    'reconstruct': {'batch_size': 8, 'num_timesteps': 2, 'num_images': 8, 'sampler': SAMPLER},
+    'finetune': {'batch_size': 2, 'sampler': SAMPLER},
+    'adapt': {'batch_size': 2, 'images': 'teacher', 'num_images': 4},
+}
+CASES = {name: (name, {}) for name in (*config_lib.LEARNS_BY, *config_lib.RECIPES)}
+# Where the timestep enters a transformer.
+CASES['tfmq_dm'] = 'tfmq_dm', {'layers': '.*modulation', 'outputs': '.*modulation'}
+# PEQA is TuneQDM with some of its scales.
+CASES['peqa'] = 'tuneqdm', {'scales': 'output', 'num_experts': 1}
 
-    def finetune(teacher, method, state, plan, timesteps, lookup, config, **options):
-        calls.append((config.num_iterations, options['workdir']))
-        return api.finetune.Finetuned(state, 0.0)
 
-    calibration = tiny.calibration()
-    monkeypatch.setattr(api.calibrate, 'run', lambda *_, **__: calibration)
-    monkeypatch.setattr(api.finetune, 'run', finetune)
+@pytest.fixture(scope='module')
+def small(tmp_path_factory):
+    """A teacher that is compiled in less time still."""
+    path = tmp_path_factory.mktemp('small') / 'small.safetensors'
+    info = dataclasses.replace(tiny.INFO, image_shape=(4, 4, 1))
+    teachers.save_teacher(path, tiny.random_denoiser(NETWORK, info, tiny.like_initial))
+    return dmq_jax.load_teacher(path)
 
+
+@pytest.fixture(scope='module')
+def kept_calibration():
+    return {}
+
+
+@pytest.fixture
+def calibrated(kept_calibration, monkeypatch):
+    """Calibrates once for all methods: what the teacher does is the same."""
+    run = learning.calibrate.run
+
+    def once(*arguments, channels, **options):
+        if not kept_calibration:
+            kept_calibration['it'] = run(*arguments, channels=True, **options)
+        return kept_calibration['it']
+
+    monkeypatch.setattr(learning.calibrate, 'run', once)
+
+
+def stage_of(name):
+    return config_lib.LEARNS_BY[config_lib.method_options(name)['name']]
+
+
+def quantize_briefly(teacher, name, method_options, workdir, num_iterations=4):
+    """By the method's own stage, if it has one."""
+    stage = stage_of(name)
+    return dmq_jax.quantize(
+        teacher, name, num_iterations=num_iterations if stage else None, workdir=workdir,
+        method_options=method_options, calibrate_options=CALIBRATE,
+        **({f'{stage}_options': BRIEF[stage]} if stage else {}), **FEW_QUANT,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_every_method_learns_by_its_own_stage_and_exports_its_integers(
+    case, small, calibrated, tmp_path, monkeypatch
+):
+    name, method_options = CASES[case]
+    seen, learn = {}, learning.learn
+
+    def note(context, name):
+        method = learning.make_method(context, name)
+        stats = learning.calibration(context).stats
+        init = jax.jit(method.init)
+        seen['start'] = init(context.teacher.params, stats, context.key('finetune'))
+        seen['learnt'] = learn(context, name)
+        return seen['learnt']
+
+    monkeypatch.setattr(learning, 'learn', note)
+    model = quantize_briefly(small, name, method_options, tmp_path)
+    method, state = seen['learnt'].method, seen['learnt'].state
+    pairs = zip(jax.tree.leaves(seen['start']), jax.tree.leaves(state), strict=True)
+    moved = any(not np.array_equal(a, b) for a, b in pairs)
+    stage = stage_of(name)
+    assert moved == (stage is not None)
+    assert bool(method.phases) == (stage == 'reconstruct')
+    folders = {path.name for path in (tmp_path / 'students').glob('*/*')}
+    assert folders == ({stage, learning._LEARNT[stage]} if stage else set())
+    codes = jax.jit(method.bind)(small.params, state).weights
+    assert codes.keys() == model.weights.keys() and len(codes) == 3
+    for path, weight in model.weights.items():
+        np.testing.assert_array_equal(tensor.unpack(weight), codes[path].codes, err_msg=path)
+    assert (model.correction is not None) == (name == 'ptqd')
+
+
+def test_a_call_gives_what_a_run_of_the_same_options_gives(small, tmp_path):
+    path = tmp_path / 'teacher.safetensors'
+    teachers.save_teacher(path, small)  # the same: its weights are those of a file
+    tuned = BRIEF['finetune'] | {'num_iterations': 3}
+    model = dmq_jax.quantize(
+        small, 'efficientdm', seed=5, method_options={'lora_rank': 2},
+        calibrate_options=CALIBRATE, finetune_options=tuned, **FEW_QUANT,
+    )  # fmt: skip
+    options = config_lib.student(
+        {'name': 'efficientdm', 'lora_rank': 2}, quant=FEW_QUANT, finetune=tuned
+    )
+    config = config_lib.from_config_dict(
+        {'seed': 5, 'teacher': {'path': str(path)}, 'calibrate': CALIBRATE, 'mesh': {'data': 1},
+         'students': {'efficientdm': options}}
+    )  # fmt: skip
+    ran = learning.exported(pipeline.open_run(config, tmp_path / 'run', None), 'efficientdm')
+    for path, weight in model.weights.items():
+        np.testing.assert_array_equal(weight.packed, ran.weights[path].packed, err_msg=path)
+        np.testing.assert_array_equal(weight.scale, ran.weights[path].scale, err_msg=path)
+
+
+def test_a_call_goes_on_where_the_one_before_was_stopped(small, calibrated, tmp_path):
+    whole = quantize_briefly(small, 'qdiffusion', {}, tmp_path / 'whole')
+    original, passes = reconstruct._learn_block, []
+
+    def learn_block(task, phase, *arguments, **options):
+        passes.append(phase.name)
+        if len(passes) == 2:
+            raise KeyboardInterrupt
+        return original(task, phase, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reconstruct, '_learn_block', learn_block)
+        with pytest.raises(KeyboardInterrupt):
+            quantize_briefly(small, 'qdiffusion', {}, tmp_path / 'stopped')
+        model = quantize_briefly(small, 'qdiffusion', {}, tmp_path / 'stopped')
+    assert passes == ['rounding', 'scales', 'scales']
+    for path, weight in whole.weights.items():
+        np.testing.assert_array_equal(weight.packed, model.weights[path].packed, err_msg=path)
+    for path, roles in whole.tables.items():
+        for role, table in roles.items():
+            np.testing.assert_array_equal(table['scale'], model.tables[path][role]['scale'])
+
+
+def test_a_call_that_is_told_to_stop_within_a_block_ends_and_goes_on(
+    small, calibrated, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts, 'stop_requested', lambda: (tmp_path / 'students').is_dir())
+        with pytest.raises(SystemExit) as stopped:
+            quantize_briefly(small, 'ptqd', {}, tmp_path)
+    assert stopped.value.code == hosts.REQUEUE
+    assert not (tmp_path / 'students' / 'ptqd' / 'reconstructed').exists()
+    assert quantize_briefly(small, 'ptqd', {}, tmp_path).correction is not None
+
+
+def test_a_folder_of_other_options_is_refused(small, calibrated, tmp_path):
     def quantize(schedule='linear'):
         return dmq_jax.quantize(
-            teacher, 'efficientdm', num_iterations=2, workdir=tmp_path,
-            method_options={'lora_rank': 2}, finetune_options={'schedule': schedule},
-            **QUANT | {'coverage': 'rules', 'rules': RULES},
+            small, 'efficientdm', num_iterations=2, workdir=tmp_path,
+            method_options={'lora_rank': 2}, calibrate_options=CALIBRATE,
+            finetune_options=BRIEF['finetune'] | {'schedule': schedule}, **FEW_QUANT,
         )  # fmt: skip
 
-    assert quantize().weights.keys() == quantize().weights.keys() == {'conv_in'}
-    assert calls == [(2, tmp_path)] * 2
+    first = quantize()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning.finetune, 'run', None)  # what is learnt is not learnt again
+        assert quantize().weights.keys() == first.weights.keys()
     with pytest.raises(ValueError, match="schedule was 'linear', now 'cosine'"):
         quantize(schedule='cosine')
+
+
+def described(method, num_iterations=None, method_options=(), **stages):
+    """The stages of the student that arguments of `quantize` describe, with their iterations."""
+    names = ('reconstruct', 'finetune', 'adapt')
+    student = api._student(
+        method, num_iterations, dict(method_options), {}, {n: stages.get(n) for n in names}
+    )
+    numbers = {name: getattr(student, name).num_iterations for name in names}
+    return student, {name: number for name, number in numbers.items() if number}
+
+
+def test_the_default_is_the_stage_of_the_method():
+    for name in (*config_lib.LEARNS_BY, *config_lib.RECIPES):
+        stage = stage_of(name)
+        images = {'adapt': {'images': 'teacher'}} if stage == 'adapt' else {}
+        assert list(described(name, **images)[1]) == ([stage] if stage else []), name
+        assert described(name, 0, **images)[1] == {}
+        if stage:
+            assert described(name, 7, **images)[1] == {stage: 7}
+
+
+def test_options_of_a_stage_make_the_method_learn_by_it():
+    student, numbers = described('qdiffusion', 7, finetune={'batch_size': 3})
+    assert numbers == {'reconstruct': 7, 'finetune': 300} and student.finetune.batch_size == 3
+    _, numbers = described('qlora', 0, finetune={'num_iterations': 5})
+    assert numbers == {'finetune': 5}
+    learning = described('qdiffusion', method_options={'learning': {'warm_up': 0.5}})[0].method
+    assert (learning.learning.warm_up, learning.learning.rounding_learning_rate) == (0.5, 2e-2)
 
 
 @pytest.mark.parametrize(
@@ -75,13 +250,34 @@ def test_fine_tuning_goes_on_only_with_the_options_it_began_with(teacher, tmp_pa
         (lambda t: dmq_jax.quantize(t, 'efficient'), 'expected one of round_to_nearest'),
         (lambda t: dmq_jax.quantize(t, weight_bit=3), "did you mean 'weight_bits'"),
         (lambda t: dmq_jax.quantize(t, weight_bits=9), r'weight_bits=9: expected 2\.\.8'),
+        (lambda t: dmq_jax.quantize(t, 'svdquant', num_iterations=5), "'svdquant' learns nothing"),
+        (
+            lambda t: dmq_jax.quantize(t, 'repq_vit', finetune_options={}),
+            "finetune_options={}: the method 'repq_vit' learns nothing; leave them out",
+        ),
+        (
+            lambda t: dmq_jax.quantize(t, 'lsq', reconstruct_options={'batch_size': 4}),
+            "reconstruct_options=.*: the method 'lsq' does not learn block by block",
+        ),
+        (
+            lambda t: dmq_jax.quantize(t, 'best', adapt_options={'images': 'teacher'}),
+            "adapt_options=.*: the method 'best' compares features",
+        ),
+        (
+            lambda t: dmq_jax.quantize(t, 'tuneqdm'),
+            "adapt_options=None: the method 'tuneqdm' learns from images; add 'images'",
+        ),
+        (
+            lambda t: dmq_jax.quantize(t, 'qlora', adapt_options={'images': 'no_such_folder'}),
+            'no_such_folder',
+        ),
         (lambda t: dmq_jax.sample(t, 4, num_stps=3), "did you mean 'num_steps'"),
         (lambda t: dmq_jax.sample(t, 4, labels=np.zeros(3, np.int32)), '3 labels for num_images=4'),
         (lambda t: dmq_jax.sample(t, 0), 'num_images=0'),
     ],
 )
 def test_mistakes_are_named(teacher, call, text):
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises((ValueError, FileNotFoundError), match=text):
         call(teacher)
 
 

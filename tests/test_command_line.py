@@ -57,7 +57,7 @@ def test_a_command_that_needs_no_folder_gets_none(tmp_path):
         (['--config=run.py', '--workdir=out', '--config.seed=a'], ['seed']),
         (
             ['--config=run.py', '--workdir=out', '--config.students.w5.quant.weight_bits=3'],
-            ["no option 'w5'", 'config.py'],
+            ["no option 'w5'", 'dmq_jax/config/'],
         ),
         (
             ['--config=run.py', '--workdir=out', '--config.students.w4.quant.weight_bits=9'],

@@ -1,14 +1,16 @@
-"""Laws of dmq_jax/config.py."""
+"""Laws of dmq_jax/config/."""
 
 import dataclasses
 import json
 import re
+import typing
 
 import ml_collections
 import pytest
 
 from dmq_jax import config as config_lib
 from dmq_jax.config import (
+    AdaptConfig,
     CalibrateConfig,
     Config,
     EfficientDMConfig,
@@ -16,6 +18,7 @@ from dmq_jax.config import (
     FinetuneConfig,
     MeshConfig,
     QuantConfig,
+    ReconstructConfig,
     RoundToNearestConfig,
     RuleConfig,
     SampleConfig,
@@ -185,6 +188,22 @@ def test_a_student_with_a_misspelt_option_is_refused_where_it_is_written():
         (lambda: EfficientDMConfig(lora_rank=0), 'lora_rank=0'),
         (lambda: FinetuneConfig(batch_size=0), 'batch_size=0'),
         (lambda: StudentConfig(finetune=FinetuneConfig(num_iterations=5)), 'learns nothing'),
+        (
+            lambda: StudentConfig(adapt=AdaptConfig(num_iterations=5, images='teacher')),
+            "adapt.num_iterations=5: the method 'round_to_nearest' learns nothing",
+        ),
+        (
+            lambda: StudentConfig(
+                method=EfficientDMConfig(), reconstruct=ReconstructConfig(num_iterations=5)
+            ),
+            "reconstruct.num_iterations=5: the method 'efficientdm' does not learn block by block",
+        ),
+        (
+            lambda: StudentConfig(
+                method=EfficientDMConfig(), adapt=AdaptConfig(num_iterations=5, images='teacher')
+            ),
+            "compares features of the teacher, which images have none of, unless loss='output'",
+        ),
         (lambda: EvaluateConfig(reference=''), "reference=''"),
         (lambda: TeacherConfig(num_classes=0), 'num_classes=0'),
         (lambda: MeshConfig(data=0), 'data=0'),
@@ -224,6 +243,23 @@ def test_a_recipe_is_a_method_with_options_of_its_own(name):
     found = config_lib.student(name).method
     assert {key: found[key] for key in options} == dict(options)
     assert found.to_dict() != config_lib.student(options['name']).method.to_dict()
+
+
+def test_every_method_says_by_which_stage_it_learns():
+    options = typing.get_args(config_lib.MethodConfig)
+    assert set(config_lib.LEARNS_BY) == {option().name for option in options}
+
+
+@pytest.mark.parametrize('name', [*config_lib.LEARNS_BY, *config_lib.RECIPES])
+def test_quick_options_make_a_student_that_learns_by_its_own_stage_alone(name):
+    options = config_lib.quick(name)
+    stage = config_lib.LEARNS_BY[options['method']['name']]
+    assert set(options) == {'method'} | ({stage} if stage else set())
+    if stage == 'adapt':
+        options['adapt']['images'] = 'teacher'
+    found = from_config_dict(student(**options), StudentConfig)
+    for each in ('reconstruct', 'finetune', 'adapt'):
+        assert (getattr(found, each).num_iterations > 0) == (each == stage)
 
 
 def test_one_call_sets_the_samplers_of_images_calibration_and_all_learning():

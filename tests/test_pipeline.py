@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from dmq_jax import artefacts, calibrate, command_line, exporting, pipeline, teachers
+from dmq_jax import artefacts, calibrate, command_line, exporting, finetune, pipeline, teachers
 from dmq_jax import config as config_lib
 from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.runtime import hosts, log
@@ -203,7 +203,7 @@ def test_weights_that_are_spread_as_they_are_read_go_all_the_way(whole, config_f
 
 
 def test_a_second_call_changes_nothing(whole, config_file, monkeypatch):
-    for stage in (pipeline.calibrate, pipeline.finetune, pipeline.analysis):
+    for stage in (calibrate, finetune, pipeline.analysis):
         monkeypatch.setattr(stage, 'run', None)
     monkeypatch.setattr(pipeline.exporting, 'make', None)
     monkeypatch.setattr(pipeline.sampling, 'batches', None)
@@ -344,14 +344,14 @@ def test_a_run_killed_while_fine_tuning_ends_with_the_same_metrics(whole, config
     process.communicate()
     assert not (tmp_path / 'students' / 'edm' / 'state').exists()
     restored = []
-    restore = pipeline.finetune.Checkpoints.restore
+    restore = finetune.Checkpoints.restore
 
     def note(self, step, like):
         restored.append(step)
         return restore(self, step, like)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.finetune.Checkpoints, 'restore', note)
+        patch.setattr(finetune.Checkpoints, 'restore', note)
         stages = [s for s in pipeline.STAGES if s not in ('analyse', 'report')]
         pipeline.run(read_config(config_file), tmp_path, stages)
     assert restored and CHECKPOINT_EVERY <= restored[0]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmq_jax import denoisers, methods, reconstruct
+from dmq_jax import blocks, denoisers, methods, reconstruct, trajectories
 from dmq_jax.config import (
     BlockLearningConfig,
     QDiffusionConfig,
@@ -81,7 +81,7 @@ def plan(teacher):
 
 @pytest.fixture(scope='module')
 def inputs(teacher):
-    return reconstruct.draw_inputs(teacher, teacher, CONFIG, key=jax.random.key(8))
+    return trajectories.draw_inputs(teacher, teacher, CONFIG, key=jax.random.key(8))
 
 
 @pytest.fixture(scope='module')
@@ -123,38 +123,6 @@ class Learnt:
 @pytest.fixture(scope='module')
 def learnt(teacher, plan, stats, tmp_path_factory):
     return Learnt(teacher, plan, stats, tmp_path_factory.mktemp('reconstruct'))
-
-
-def test_blocks_are_modules_or_single_layers_in_order_of_execution(teacher, plan):
-    blocks = reconstruct.find_blocks(teacher, plan, CONFIG.blocks)
-    assert [block.path for block in blocks] == BLOCKS
-    assert blocks[1].layers == ('block_0/conv1', 'block_0/time_proj', 'block_0/conv2')
-    assert sorted(path for block in blocks for path in block.layers) == sorted(plan)
-
-
-def test_a_pattern_that_matches_nothing_is_refused(teacher, plan):
-    with pytest.raises(ValueError, match="reconstruct.blocks='stage' matches no module"):
-        reconstruct.find_blocks(teacher, plan, 'stage')
-
-
-def test_inputs_are_spread_evenly_over_timesteps_and_repeatable(teacher, inputs):
-    a, b = inputs, reconstruct.draw_inputs(teacher, teacher, CONFIG, key=jax.random.key(8))
-    sampler = denoisers.make_denoiser_sampler(teacher, SAMPLER)
-    visited = np.asarray(sampler.timesteps)[[0, 2]]
-    np.testing.assert_array_equal(visited, TIMESTEPS)
-    np.testing.assert_array_equal(a.t, np.repeat(visited, 64))
-    np.testing.assert_array_equal(a.x, b.x)
-
-
-def test_inputs_come_back_from_their_file(tmp_path):
-    x = jnp.ones((2, 3, 3, 1))
-    for y in (None, jnp.asarray([1, 2]), {'label': jnp.asarray([1, 2])}):
-        inputs = reconstruct.Inputs(x, jnp.asarray([7, 8]), y)
-        reconstruct.save_inputs(tmp_path / 'a.npz', inputs, jax.random.key(9))
-        loaded = reconstruct.load_inputs(tmp_path / 'a.npz')
-        jax.tree.map(np.testing.assert_array_equal, loaded, inputs)
-        with np.load(tmp_path / 'a.npz') as arrays:
-            np.testing.assert_array_equal(arrays['key'], jax.random.key_data(jax.random.key(9)))
 
 
 def test_learnt_rounding_beats_rounding_to_nearest_block_by_block(learnt):
@@ -255,13 +223,13 @@ def test_samples_that_do_not_divide_over_the_devices_are_refused(teacher, plan, 
 
 def test_a_part_of_a_state_binds_to_a_part_of_the_network(teacher, plan, learnt):
     layers = ('block_1/conv1', 'block_1/conv2')
-    part = reconstruct.select(learnt.state, layers, plan)
+    part = blocks.select(learnt.state, layers, plan)
     whole = learnt.method.bind(teacher.params, learnt.state)
     bound = learnt.method.bind(teacher.params, part)
     assert set(bound.weights) == set(bound.tables) == set(layers)
     for path in layers:
         np.testing.assert_array_equal(bound.weights[path].codes, whole.weights[path].codes)
-    jax.tree.map(np.testing.assert_array_equal, reconstruct.merge(learnt.state, part), learnt.state)
+    jax.tree.map(np.testing.assert_array_equal, blocks.merge(learnt.state, part), learnt.state)
 
 
 def test_a_method_without_phases_is_refused(teacher, plan, stats, tmp_path):
@@ -284,10 +252,10 @@ def test_a_later_round_draws_its_inputs_with_the_student(teacher, plan, stats, t
         teacher, method, state, only, TIMESTEPS, 'nearest', config,
         key=jax.random.key(2), workdir=tmp_path, description='test',
     )  # fmt: skip
-    first, second = (reconstruct.load_inputs(tmp_path / f'inputs_{i}.npz') for i in range(2))
+    first, second = (trajectories.load_inputs(tmp_path / f'inputs_{i}.npz') for i in range(2))
     np.testing.assert_array_equal(first.t, second.t)
     key = jax.random.fold_in(jax.random.fold_in(jax.random.key(2), 0), 1)
-    teachers = reconstruct.draw_inputs(teacher, teacher, config, key=key)
+    teachers = trajectories.draw_inputs(teacher, teacher, config, key=key)
     # The same noise at the start of each trajectory, then where the student goes.
     np.testing.assert_array_equal(second.x[:16], teachers.x[:16])
     assert np.mean(np.asarray(second.x[16:]) != np.asarray(teachers.x[16:])) > 0.9

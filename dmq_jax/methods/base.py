@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from dmq_jax.quant import numerics, observers
 from dmq_jax.quant import plan as plan_lib
-from dmq_jax.quant.integer import integer_weight
+from dmq_jax.quant.codes import integer_weight
 from dmq_jax.quant.layers import fake_quantized
 from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import LayerSpec, Plan
@@ -46,7 +46,7 @@ class WeightCodes(NamedTuple):
 
     Attributes:
       codes: integer-valued floats in the order of the weight; or, of integers that stand still,
-        those of `quant.integer.integer_weight`.
+        those of `quant.codes.integer_weight`.
       scale: `scale_shape`.
       zero_point: `scale_shape`.
     """

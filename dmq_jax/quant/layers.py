@@ -27,10 +27,10 @@ from jax.extend import core
 from jaxtyping import Array, Float, PyTree
 
 from dmq_jax.quant import observers
+from dmq_jax.quant.activation_products import integer_product
 from dmq_jax.quant.integer import (
     float_branch,
     integer_layer,
-    integer_product,
     scaled_layer,
     straight_through_layer,
 )

@@ -7,6 +7,7 @@ of a convolution's kernel is not XLA's: see `kernel_gradient`. Measured ratios: 
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -111,3 +112,41 @@ def _is_sum_of_dots(kernel_shape: tuple[int, ...], geometry: Geometry) -> bool:
     strides, padding = geometry
     fits = all(max(pads) < size for size, pads in zip(kernel_shape, padding, strict=False))
     return strides == (1, 1) and fits
+
+
+def conv_geometry(
+    module: nn.Conv, x_shape: tuple[int, ...]
+) -> tuple[tuple[int, int], tuple[tuple[int, int], tuple[int, int]]]:
+    """Strides and explicit padding of a Flax convolution over images of `x_shape`.
+
+    Raises:
+      NotImplementedError: groups, dilation, other than two spatial axes, or an unusual padding.
+    """
+    path = '/'.join(module.path)
+    sizes = module.kernel_size
+    if len(sizes) != 2:
+        raise NotImplementedError(f'{path}: {len(sizes)} spatial axes; integers need 2.')
+    pair = functools.partial(_as_pair, path=path)
+    dilated = pair(module.kernel_dilation) != (1, 1) or pair(module.input_dilation) != (1, 1)
+    if module.feature_group_count != 1 or dilated:
+        raise NotImplementedError(
+            f'{path}: grouped or dilated convolutions have no integer form here; leave the layer '
+            f'float with a rule.'
+        )
+    strides = pair(module.strides)
+    padding = module.padding
+    if isinstance(padding, str):
+        if padding not in ('SAME', 'VALID'):
+            raise NotImplementedError(f"{path}: padding={padding!r}; expected 'SAME' or 'VALID'.")
+        return strides, tuple(jax.lax.padtype_to_pads(x_shape[1:3], sizes, strides, padding))
+    sides = [padding, padding] if isinstance(padding, int) else padding
+    return strides, tuple((s, s) if isinstance(s, int) else tuple(s) for s in sides)
+
+
+def _as_pair(value, *, path):
+    if value is None:
+        return (1, 1)
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2:
+        raise NotImplementedError(f'{path}: {value} for two spatial axes.')
+    return pair

@@ -8,7 +8,7 @@ from dmq_jax import denoisers, exporting
 from dmq_jax.config import QuantConfig
 from dmq_jax.methods.base import Bound, WeightCodes
 from dmq_jax.quant import layers as quant_layers
-from dmq_jax.quant.integer import integer_weight
+from dmq_jax.quant.codes import integer_weight
 from dmq_jax.quant.plan import INPUT_ROLES, LayerSpec
 from dmq_jax.quant.tensor import QuantSpec, pack, scale_shape
 from tests import tiny

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmq_jax import denoisers, methods, reconstruct
+from dmq_jax import denoisers, methods, reconstruct, trajectories
 from dmq_jax.config import (
     AdaptiveSoftmaxConfig,
     BlockLearningConfig,
@@ -75,7 +75,7 @@ def plan(teacher):
 
 @pytest.fixture(scope='module')
 def inputs(teacher):
-    return reconstruct.draw_inputs(teacher, teacher, CONFIG, key=jax.random.key(8))
+    return trajectories.draw_inputs(teacher, teacher, CONFIG, key=jax.random.key(8))
 
 
 @pytest.fixture(scope='module')
@@ -159,13 +159,13 @@ def test_later_rounds_bring_the_inputs_of_calibration_nearer_to_those_of_inferen
         teacher, method, state, plan, timesteps, 'nearest', CONFIG,
         key=jax.random.key(2), workdir=tmp_path, description='test',
     ).state  # fmt: skip
-    rounds = [reconstruct.load_inputs(tmp_path / f'inputs_{i}.npz') for i in range(2)]
+    rounds = [trajectories.load_inputs(tmp_path / f'inputs_{i}.npz') for i in range(2)]
     bound = jax.jit(method.bind)(teacher.params, learnt)
     student = denoisers.fake_student(teacher, plan, bound, timesteps, 'nearest')
     # The same noise as each round had, so that trajectories can be compared point by point.
     gaps = []
     for i, seen in enumerate(rounds):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(2), 0), i)
-        met = reconstruct.draw_inputs(teacher, student, CONFIG, key=key)
+        met = trajectories.draw_inputs(teacher, student, CONFIG, key=key)
         gaps.append(float(jnp.mean((met.x - seen.x) ** 2)))
     assert gaps[1] < 0.7 * gaps[0], gaps

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmq_jax import denoisers, methods, reconstruct
+from dmq_jax import blocks, denoisers, methods, reconstruct, trajectories
 from dmq_jax.config import (
     BlockLearningConfig,
     QDiffusionConfig,
@@ -48,7 +48,7 @@ def plan(teacher):
 
 @pytest.fixture(scope='module')
 def inputs(teacher):
-    return reconstruct.draw_inputs(teacher, teacher, CONFIG, key=jax.random.key(8))
+    return trajectories.draw_inputs(teacher, teacher, CONFIG, key=jax.random.key(8))
 
 
 @pytest.fixture(scope='module')
@@ -88,8 +88,8 @@ def learnt(teacher, inner, stats, timesteps, tmp_path_factory):
 
 def test_the_layers_of_the_timestep_are_one_block_before_all_others(teacher, plan):
     joint = base.JointBlock(TFMQDMConfig().layers, TFMQDMConfig().outputs)
-    first, *rest = reconstruct.find_blocks(teacher, plan, CONFIG.blocks, joint)
-    assert first == reconstruct.Block('', TIMED, outputs=OUTPUTS)
+    first, *rest = blocks.find_blocks(teacher, plan, CONFIG.blocks, joint)
+    assert first == blocks.Block('', TIMED, outputs=OUTPUTS)
     assert [block.path for block in rest] == ['conv_in', 'block_0', 'block_1', 'conv_out']
     assert rest[1].layers == ('block_0/conv1',) and rest[1].fixed == ('block_0/time_proj',)
     learning = [path for block in (first, *rest) for path in block.layers]
@@ -99,7 +99,7 @@ def test_the_layers_of_the_timestep_are_one_block_before_all_others(teacher, pla
 def test_a_network_without_such_layers_is_refused(teacher, plan):
     joint = base.JointBlock('clock/.*', 'clock/.*')
     with pytest.raises(ValueError, match="layers='clock/.*'.*expected both to match"):
-        reconstruct.find_blocks(teacher, plan, CONFIG.blocks, joint)
+        blocks.find_blocks(teacher, plan, CONFIG.blocks, joint)
 
 
 def test_their_activations_have_a_range_for_each_timestep_that_is_not_learnt(
@@ -129,7 +129,7 @@ def test_no_block_changes_what_the_joint_one_has_learnt(
     only_joint = {path: inner[path] for path in TIMED}
     alone = reconstruct.run(
         teacher, methods.make(TFMQDMConfig(learning=LEARNING), only_joint, 50),
-        reconstruct.select(start, TIMED, inner), only_joint, timesteps, 'nearest',
+        blocks.select(start, TIMED, inner), only_joint, timesteps, 'nearest',
         dataclasses.replace(CONFIG, blocks='block_0'), key=jax.random.key(2), workdir=tmp_path,
         description='test',
     ).state  # fmt: skip

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dmq_jax.models.tap import Product, Tap
+from dmq_jax.quant import codes as codes_lib
 from dmq_jax.quant import integer, layers, numerics, observers
 from dmq_jax.quant.plan import LayerSpec
 from dmq_jax.quant.tensor import QuantSpec, dequantize, expand, pack, scale_shape
@@ -62,7 +63,7 @@ def random_weight(shape, spec, seed=0):
 def run_integer(module, spec, inputs, roles, *, weight=None, params=None):
     entry = dict(roles)
     if weight is not None:
-        entry['weight'] = integer.integer_weight(weight)
+        entry['weight'] = codes_lib.integer_weight(weight)
     variables = {'params': {'layer': params or {}}, 'quant': {'layer': entry}}
     with layers.integer({'layer': spec}):
         return Single(module).apply(variables, *inputs)
@@ -246,7 +247,7 @@ def test_an_integer_layer_keeps_the_dtype_of_its_network():
 @pytest.mark.parametrize('bits', [2, 3, 4])
 def test_narrow_weights_stay_packed_in_memory(bits):
     tensor, *_ = random_weight((6, 5), weight_spec(bits, False))
-    np.testing.assert_array_equal(integer.integer_weight(tensor)['codes'], tensor.packed)
+    np.testing.assert_array_equal(codes_lib.integer_weight(tensor)['codes'], tensor.packed)
 
 
 def test_weights_are_unpacked_after_their_input_with_the_same_result(monkeypatch):
@@ -256,7 +257,7 @@ def test_weights_are_unpacked_after_their_input_with_the_same_result(monkeypatch
     args = nn.Dense(5, use_bias=False), spec, [X], {'input': rows}
     want = run_integer(*args, weight=weight)
     monkeypatch.setattr(jax, 'device_count', lambda: 1)
-    codes = integer.integer_weight(weight)['codes']
+    codes = codes_lib.integer_weight(weight)['codes']
     np.testing.assert_array_equal(integer._after(X, codes), codes)
     np.testing.assert_array_equal(run_integer(*args, weight=weight), want)
 
@@ -265,7 +266,7 @@ def test_weights_are_unpacked_after_their_input_with_the_same_result(monkeypatch
 def test_the_weights_of_integer_mode_stand_for_the_same_numbers(bits):
     spec = weight_spec(bits, False, 2)
     tensor, codes, scale, zero_point = random_weight((6, 5), spec)
-    entry = integer.integer_weight(tensor)
+    entry = codes_lib.integer_weight(tensor)
     assert entry['codes'].dtype == jnp.int8 and entry['codes'].shape == (5, 6)
     zeros = np.repeat(np.asarray(entry['zero_point']), 2, axis=0)
     want = codes - np.repeat(zero_point, 2, axis=0)
@@ -378,7 +379,7 @@ def test_integers_that_stand_still_train_what_is_around_them_alike(kind, weight,
     }
     floats = {'codes': codes, 'scale': scale, 'zero_point': zero_point}
     floats = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), floats)
-    entry = integer.integer_weight(tensor)
+    entry = codes_lib.integer_weight(tensor)
     rows = {} if inputs is None else {'input': rows_for(inputs, 3, per_sample=False)}
 
     def loss(arguments, entry):

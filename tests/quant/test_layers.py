@@ -6,7 +6,7 @@ import pytest
 
 from dmq_jax.models import tap
 from dmq_jax.quant import layers, numerics, observers
-from dmq_jax.quant.integer import integer_weight
+from dmq_jax.quant.codes import integer_weight
 from dmq_jax.quant.plan import LayerSpec
 from dmq_jax.quant.rows import at_timestep
 from dmq_jax.quant.tensor import QuantSpec, pack

@@ -1,0 +1,335 @@
+"""How a student comes to be: calibrated, started, taught by its stages of learning, packed.
+
+The stages of learning meet here, for the pipeline and for a notebook alike. Each leaves its state
+as an artefact in the workdir, so whatever was learnt before a kill is not learnt again.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from dmq_jax import (
+    adapt,
+    artefacts,
+    calibrate,
+    correct,
+    denoisers,
+    exporting,
+    finetune,
+    methods,
+    reconstruct,
+    sampling,
+    scale_sets,
+)
+from dmq_jax import config as config_lib
+from dmq_jax.config import AdaptConfig, Config, StudentConfig
+from dmq_jax.files import images as images_lib
+from dmq_jax.methods import base
+from dmq_jax.quant import plan as plan_lib
+from dmq_jax.runtime import memory, mesh
+
+# Of a run; their order decides their random numbers.
+STAGES = ('calibrate', 'finetune', 'export', 'sample', 'evaluate', 'analyse', 'report')
+# Where the state lies that a stage of learning leaves.
+_LEARNT = {'reconstruct': 'reconstructed', 'finetune': 'state', 'adapt': 'adapted'}
+
+
+class Run(NamedTuple):
+    """What every stage of one run shares."""
+
+    config: Config
+    workdir: Path
+    teacher: denoisers.Denoiser
+    layers: dict[str, plan_lib.QuantizableLayer]
+    plans: dict[str, dict[str, plan_lib.LayerSpec]]
+    device_mesh: mesh.Mesh
+    teacher_id: str
+
+    def key(self, stage: str) -> jax.Array:
+        """The root key of a stage."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), STAGES.index(stage))
+
+
+def make_run(
+    config: Config, workdir: Path, teacher: denoisers.Denoiser, *, device_mesh: mesh.Mesh
+) -> Run:
+    """Resolves the plan of every student, and refuses what could not be learnt.
+
+    Args:
+      config: of the run.
+      workdir: receives everything.
+      teacher: of all students.
+      device_mesh: what the work is split over.
+
+    Raises:
+      ValueError: layers, batches, samplers or images that do not fit; the text says which.
+    """
+    layers = denoisers.quantizable(teacher)
+    plans = {
+        name: denoisers.make_plan(layers, student.quant, teacher.network)
+        for name, student in config.students.items()
+    }
+    samplers = [config.sampler, config.calibrate.sampler]
+    for student in config.students.values():
+        stages = student.reconstruct, student.finetune
+        samplers += [stage.sampler for stage in stages if stage.num_iterations]
+        if student.reconstruct.num_iterations:
+            reconstruct.check_mesh(device_mesh, student.reconstruct)
+        if student.adapt.num_iterations:
+            adapt.check_images(teacher.info, student.adapt)
+    for sampler in samplers:
+        denoisers.make_denoiser_sampler(teacher, sampler)
+    return Run(config, workdir, teacher, layers, plans, device_mesh, teacher_id(teacher))
+
+
+def teacher_id(teacher: denoisers.Denoiser) -> str:
+    """Names a teacher by what it is rather than by its path, behind which files may change."""
+    params = traverse_util.flatten_dict(jax.device_get(teacher.params), sep='/')
+    settings = [denoisers.network_settings(teacher.network), denoisers.info_settings(teacher.info)]
+    if teacher.decoder is not None:
+        decoder = traverse_util.flatten_dict(jax.device_get(teacher.decoder.params), sep='/')
+        params |= {f'decoder/{name}': leaf for name, leaf in decoder.items()}
+        settings.append(denoisers.network_settings(teacher.decoder.network))
+    return artefacts.digest(params, settings)
+
+
+def calibration(context: Run) -> calibrate.Calibration:
+    """Statistics of every quantizable input; one for all students."""
+    config = context.config.calibrate
+    # Parts of layers besides, where a student has any.
+    parts = sorted({p for plan in context.plans.values() for p in plan} - context.layers.keys())
+    observed = dict.fromkeys(
+        [*context.layers, *parts],
+        plan_lib.LayerSpec(weight=None, inputs=denoisers.OBSERVED),
+    )
+    channels = any(make_method(context, name).channel_stats for name in context.config.students)
+    # Named where they are asked for: a calibration without them stays what it was.
+    extra = ({'parts': parts} if parts else {}) | ({'channels': True} if channels else {})
+
+    def make() -> calibrate.Calibration:
+        return calibrate.run(
+            context.teacher, observed, config,
+            key=context.key('calibrate'), device_mesh=context.device_mesh, channels=channels,
+        )  # fmt: skip
+
+    return artefacts.artefact(
+        context.workdir / 'calibration',
+        {'calibrate': config_lib.to_dict(config), 'teacher': context.teacher_id,
+         'seed': context.config.seed, **extra},
+        make=make,
+        save=lambda path, result: calibrate.save(path / 'stats.npz', result),
+        load=lambda path: calibrate.load(path / 'stats.npz'),
+    )  # fmt: skip
+
+
+def student_folder(context: Run, name: str) -> Path:
+    """Where everything of one student lies."""
+    return context.workdir / 'students' / name
+
+
+def make_method(context: Run, name: str) -> methods.Method:
+    """The student's method."""
+    return methods.make(
+        context.config.students[name].method,
+        context.plans[name],
+        context.teacher.info.schedule.num_train_timesteps,
+    )
+
+
+def learns(student: StudentConfig) -> bool:
+    """Whether anything is learnt beyond calibration."""
+    stages = student.reconstruct, student.finetune, student.adapt
+    return any(stage.num_iterations for stage in stages)
+
+
+class Learnt(NamedTuple):
+    """What all stages of learning left.
+
+    Attributes:
+      method: of the student.
+      state: learnt.
+      duration_s: of learning.
+      memory_mb: the most it held, see `runtime.memory`; None: nothing was learnt.
+      num_trained: numbers that were trained.
+    """
+
+    method: methods.Method
+    state: dict[str, Any]
+    duration_s: float
+    memory_mb: float | None
+    num_trained: int
+
+
+def learn(context: Run, name: str) -> Learnt:
+    """The student after all its stages of learning."""
+    student = context.config.students[name]
+    stats = calibration(context)
+    method = make_method(context, name)
+    # The same key for all: students that differ in one option start from the same numbers.
+    key = context.key('finetune')
+    inputs = context.teacher.params, stats.stats, key
+    state = jax.jit(method.init)(*inputs)
+    took = []
+    folder, options = student_folder(context, name), student_options(context, student)
+    shared = context.plans[name], stats.timesteps, student.quant.timestep_lookup
+
+    def learnt(stage: str, run: Callable[[], Any]) -> dict[str, Any]:
+        """The state after a stage that is resumed where it was."""
+
+        def make() -> Any:
+            # Checkpoints outlive the artefact they lead to, and so need a mark of their own.
+            artefacts.claim(folder / stage, options)
+            with memory.watched() as peak:
+                result = run()
+            return result._replace(memory_mb=peak.mb)
+
+        result = artefacts.artefact(
+            folder / _LEARNT[stage],
+            options,
+            make=make,
+            save=lambda path, result: finetune.save(path / 'state.safetensors', result),
+            load=lambda path: finetune.load(
+                path / 'state.safetensors', jax.eval_shape(method.init, *inputs)
+            ),
+        )
+        took.append((result.duration_s, result.memory_mb))
+        return result.state
+
+    if student.reconstruct.num_iterations:
+        state = learnt('reconstruct', lambda: reconstruct.run(
+            context.teacher, method, state, *shared, student.reconstruct,
+            key=jax.random.fold_in(key, 2), workdir=folder / 'reconstruct',
+            device_mesh=context.device_mesh, description=f'reconstruct {name}',
+        ))  # fmt: skip
+    if student.finetune.num_iterations:
+        state = learnt('finetune', lambda: finetune.run(
+            context.teacher, method, state, *shared, student.finetune,
+            key=jax.random.fold_in(key, 1), workdir=folder / 'finetune',
+            device_mesh=context.device_mesh, description=f'finetune {name}',
+        ))  # fmt: skip
+    if student.adapt.num_iterations:
+        state = learnt('adapt', lambda: adapt.run(
+            context.teacher, method, state, *shared, student.adapt,
+            **adapt_images(context, student.adapt),
+            key=jax.random.fold_in(key, 3), workdir=folder / 'adapt',
+            device_mesh=context.device_mesh, description=f'adapt {name}',
+        ))  # fmt: skip
+    optimizers = [phase.optimizer for phase in method.phases if student.reconstruct.num_iterations]
+    if student.finetune.num_iterations or student.adapt.num_iterations:
+        optimizers.append(method.optimizer)
+    peaks = [memory_mb for _, memory_mb in took if memory_mb is not None]
+    return Learnt(
+        method, state, sum(duration_s for duration_s, _ in took), max(peaks, default=None),
+        base.num_trained(state, optimizers),
+    )  # fmt: skip
+
+
+def adapt_images(context: Run, config: AdaptConfig) -> dict[str, Any]:
+    """What a student is adapted to: `images` in [-1, 1], as large as the teacher's, and `labels`.
+
+    Raises:
+      ValueError: see `adapt.check_images`.
+    """
+    found = adapt.check_images(context.teacher.info, config)
+    if found is None:
+        found = drawn_images(context, config.num_images)
+    images, labels = adapt.fit_images(context.teacher.info, config, found)
+    return {'images': np.asarray(sampling.to_float(images)), 'labels': labels}
+
+
+def drawn_images(context: Run, num_images: int) -> images_lib.ImageSet:
+    """Images of the teacher for its students to adapt to; others than those that are evaluated."""
+    config = context.config
+    labels = denoisers.balanced_labels(num_images, context.teacher.info.num_classes)
+
+    def make() -> np.ndarray:
+        return sampling.draw(
+            context.teacher, config.sampler, labels=labels, num_images=num_images,
+            key=jax.random.fold_in(context.key('finetune'), 4),
+            batch_size=min(config.sample.batch_size, num_images),
+        )  # fmt: skip
+
+    def load(path: Path) -> np.ndarray:
+        with np.load(path / 'images.npz') as arrays:
+            return arrays['arr_0']
+
+    images = artefacts.artefact(
+        context.workdir / 'adapt_images' / str(num_images),
+        drawn_options(context, num_images),
+        make=make,
+        save=lambda path, drawn: np.savez_compressed(path / 'images.npz', arr_0=drawn),
+        load=load,
+    )
+    return images_lib.ImageSet(images, labels)
+
+
+def drawn_options(context: Run, num_images: int) -> dict[str, Any]:
+    """What the images of `drawn_images` depend on."""
+    sampler = config_lib.to_dict(context.config.sampler)
+    return {'teacher': context.teacher_id, 'sampler': sampler, 'seed': context.config.seed,
+            'num_images': num_images}  # fmt: skip
+
+
+def student_options(context: Run, student: StudentConfig) -> dict[str, Any]:
+    """Everything the student depends on."""
+    options = config_lib.to_dict(student)
+    for name in ('checkpoint_every', 'log_every', 'max_to_keep'):
+        del options['finetune'][name]
+    for name in ('checkpoint_every', 'log_every', 'remat'):
+        del options['adapt'][name]
+    del options['title']
+    # Named where it is asked for: what is made without it stays what it was.
+    if student.adapt.images != adapt.TEACHER:
+        del options['adapt']['num_images']
+    images = None
+    if student.adapt.num_iterations and student.adapt.images == adapt.TEACHER:
+        images = drawn_options(context, student.adapt.num_images)
+    elif student.adapt.num_iterations:
+        # By what they are: files behind a path may change.
+        found = images_lib.load_images(student.adapt.images)._asdict()
+        images = artefacts.digest({n: array for n, array in found.items() if array is not None})
+    return {
+        'student': options,
+        'calibration': artefacts.fingerprint(context.workdir / 'calibration'),
+        'images': images,
+    }
+
+
+def pack(context: Run, name: str) -> tuple[exporting.Exported, dict[str, Any]]:
+    """The student as packed integers, and what it took, as the manifest of an export tells it."""
+    student = context.config.students[name]
+    stats = calibration(context)
+    learnt = learn(context, name)
+    bound = jax.jit(learnt.method.bind)(context.teacher.params, learnt.state)
+    shared = context.plans[name], stats.timesteps, student.quant.timestep_lookup
+    bound = correct.run(
+        context.teacher, learnt.method, bound, *shared, context.config.calibrate,
+        key=jax.random.fold_in(context.key('export'), 0),
+    )  # fmt: skip
+    plan, *tables_of = shared
+    model = exporting.make(context.teacher, plan, bound, *tables_of)
+    # What another adaptation of the same integers takes.
+    is_switched = learnt.method.beside is not None
+    return model, {
+        'finetune_seconds': learnt.duration_s,
+        'method': student.method.name,
+        'trained_parameters': learnt.num_trained,
+        'training_mb': learnt.memory_mb,
+        'set_mb': scale_sets.size_bytes(model) / memory.MEGABYTE if is_switched else None,
+    }
+
+
+def exported(context: Run, name: str) -> exporting.Exported:
+    """The student as packed integers, kept in the workdir."""
+    calibration(context)
+    return artefacts.artefact(
+        student_folder(context, name) / 'export',
+        student_options(context, context.config.students[name]),
+        make=lambda: pack(context, name),
+        save=lambda path, made: exporting.save(path, *made),
+        load=exporting.load,
+    )
