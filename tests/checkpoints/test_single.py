@@ -68,6 +68,46 @@ def test_a_compvis_checkpoint_goes_all_the_way(tmp_path):
     travel(teacher, tmp_path, guidance_scale=3.0)
 
 
+def lsun(folder, config):
+    file = tiny.save_torch(folder / 'model.ckpt', tiny.lsun_checkpoint(config))
+    return file, tiny.settings_file(folder, network=config)
+
+
+@pytest.mark.parametrize(
+    'config, last_beta, factor, scaling',
+    [(tiny.BEDROOMS, 0.0195, 4, 1.0), (tiny.CHURCHES, 0.0155, 8, 0.22)],
+    ids=['bedrooms', 'churches'],
+)
+def test_an_unconditional_compvis_checkpoint_is_its_average_and_its_first_stage(
+    tmp_path, config, last_beta, factor, scaling
+):
+    file, settings = lsun(tmp_path, config)
+    teacher = load_teacher(file, settings=settings)
+    assert teacher.info.num_classes is None and teacher.info.is_latent
+    assert (teacher.info.schedule.kind, teacher.info.schedule.beta_end) == (
+        'scaled_linear', last_beta,
+    )  # fmt: skip
+    network = teacher.decoder.network
+    assert 2 ** (len(network.channels) - 1) == factor
+    assert network.scaling_factor == pytest.approx(scaling)
+    shapes = jax.tree.map(lambda leaf: leaf, teacher.params)
+    np.testing.assert_array_equal(
+        tiny.leaves(teacher.params), tiny.leaves(tiny.random_like(shapes, seed=5))
+    )
+    without = load_teacher(file, settings=settings, ema=False)
+    np.testing.assert_array_equal(
+        tiny.leaves(without.params), tiny.leaves(tiny.random_like(shapes, seed=0))
+    )
+    assert np.isfinite(last_latents(teacher)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('config', [tiny.BEDROOMS, tiny.CHURCHES], ids=['bedrooms', 'churches'])
+def test_an_unconditional_compvis_checkpoint_goes_all_the_way(tmp_path, config):
+    file, settings = lsun(tmp_path, config)
+    travel(load_teacher(file, settings=settings), tmp_path)
+
+
 @pytest.mark.slow  # a minute of compiling
 def test_a_dit_checkpoint_goes_all_the_way(tmp_path):
     file = tiny.save_torch(tmp_path / 'DiT.pt', tiny.dit_tensors())
