@@ -5,6 +5,7 @@ workdir that are complete or absent, so a run killed at any moment goes on where
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 import time
@@ -174,8 +175,8 @@ def load_teacher(config: Config, device_mesh: mesh.Mesh | None = None) -> denois
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise ValueError(f'sample.prompts={config.sample.prompts!r}: no prompt in this file.')
-    # Of several processes each spreads the whole later, once its digest is taken.
-    if device_mesh is not None and jax.process_count() == 1:
+    # What students are made of is packed on the host: then every process has all weights at first.
+    if device_mesh is not None and (jax.process_count() == 1 or not config.students):
         options['put'] = mesh.weight_placer(device_mesh)
     return teachers.load_teacher(options.pop('path'), prompts=prompts, **options)
 
@@ -220,18 +221,19 @@ def open_run(config: Config, workdir: Path, reference: evaluate.Reference | None
             check_images(teacher.info, student.adapt)
     for sampler in (config.sampler, config.calibrate.sampler, *(s.sampler for s in learning)):
         denoisers.make_denoiser_sampler(teacher, sampler)
-    return Run(config, workdir, teacher, layers, plans, device_mesh, teacher_id(teacher))
+    return Run(config, workdir, teacher, layers, plans, device_mesh,
+               teacher_id(teacher, device_mesh))  # fmt: skip
 
 
-def teacher_id(teacher: denoisers.Denoiser) -> str:
+def teacher_id(teacher: denoisers.Denoiser, device_mesh: mesh.Mesh) -> str:
     """Names a teacher by what it is rather than by its path, behind which files may change."""
-    params = traverse_util.flatten_dict(jax.device_get(teacher.params), sep='/')
+    params = traverse_util.flatten_dict(teacher.params, sep='/')
     settings = [denoisers.network_settings(teacher.network), denoisers.info_settings(teacher.info)]
     if teacher.decoder is not None:
-        decoder = traverse_util.flatten_dict(jax.device_get(teacher.decoder.params), sep='/')
+        decoder = traverse_util.flatten_dict(teacher.decoder.params, sep='/')
         params |= {f'decoder/{name}': leaf for name, leaf in decoder.items()}
         settings.append(denoisers.network_settings(teacher.decoder.network))
-    return artefacts.digest(params, settings)
+    return artefacts.digest(params, settings, fetch=functools.partial(mesh.fetch, device_mesh))
 
 
 def dry_run(config: Config) -> None:

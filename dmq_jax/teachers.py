@@ -194,11 +194,9 @@ def _ours(
             f'{info.num_classes}; expected None.'
         )
     check_tensors(network, info, tensors, source=source)
-    reading = options.reading()
-    params = {
-        name: reading['put'](name, tensors[name].astype(reading['dtype'])) for name in tensors
-    }
-    return float_denoiser(network, traverse_util.unflatten_dict(params, sep='/'), info)
+    if isinstance(tensors, SafetensorsReader):
+        tensors = opening.Tensors(tensors.path, tensors, {name: name for name in tensors})
+    return float_denoiser(network, options.params(tensors.items()), info)
 
 
 def check_tensors(
