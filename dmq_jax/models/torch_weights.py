@@ -172,7 +172,7 @@ def read_params(
       put: what it returns takes the place of an array; see `put_params`.
 
     Raises:
-      ValueError: naming the first tensor that is missing, left over or of another shape.
+      ValueError: naming the first tensor that is missing, left over, of another shape or no float.
     """
     names = {name: name for name in tensors} if names is None else names
     expected = expected_tensors(shapes, source)
@@ -197,7 +197,13 @@ def read_params(
     def read() -> Iterator[tuple[str, np.ndarray]]:
         for path, leaf in traverse_util.flatten_dict(shapes, sep='/').items():
             where = source(path)
-            tensor = _piece(np.asarray(tensors[names[where.name]]), where)
+            tensor = np.asarray(tensors[names[where.name]])
+            if tensor.dtype.kind in 'biuc':
+                raise ValueError(
+                    f'{names[where.name]!r} is of dtype {tensor.dtype}, expected floating point: '
+                    f'quantized already?'
+                )
+            tensor = _piece(tensor, where)
             tensor = _from_torch(path, tensor, leaf.shape, where)
             assert tensor.shape == leaf.shape, f'{path}: {tensor.shape} is not {leaf.shape}'
             yield path, tensor

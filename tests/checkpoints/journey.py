@@ -25,11 +25,17 @@ OPTIONS = {
 
 def travel(teacher, folder, *, guidance_scale=1.0):
     """Everything a user does with a teacher, checked on the way; the images it ends at."""
-    # Programs that run once or twice: nearly all the time is the compiler's.
+    with compiled_quickly():
+        return _travel(teacher, folder, guidance_scale)
+
+
+@contextlib.contextmanager
+def compiled_quickly():
+    """For programs that run once or twice: nearly all the time is the compiler's."""
     before = jax.config.values['jax_disable_most_optimizations']
     jax.config.update('jax_disable_most_optimizations', True)
     try:
-        return _travel(teacher, folder, guidance_scale)
+        yield
     finally:
         jax.config.update('jax_disable_most_optimizations', before)
 
