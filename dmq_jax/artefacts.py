@@ -159,16 +159,22 @@ def fingerprint(path: Path) -> str:
     return hashlib.sha256((path / _MARK).read_bytes()).hexdigest()[:16]
 
 
-def digest(arrays: Mapping[str, Any], settings: Any = None) -> str:
+def digest(
+    arrays: Mapping[str, Any],
+    settings: Any = None,
+    *,
+    fetch: Callable[[Any], np.ndarray] = np.asarray,
+) -> str:
     """Sixteen hex digits that name the content of some arrays and their settings.
 
     Args:
       arrays: by name.
       settings: JSON values.
+      fetch: makes an array of an entry, one at a time.
     """
     result = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = np.ascontiguousarray(fetch(arrays[name]))
         result.update(f'{name} {array.dtype} {array.shape}'.encode())
         # As bytes: a bfloat16 array has no buffer of its own.
         result.update(array.view(np.uint8).data)

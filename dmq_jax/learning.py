@@ -4,6 +4,7 @@ The stages of learning meet here, for the pipeline and for a notebook alike. Eac
 as an artefact in the workdir, so whatever was learnt before a kill is not learnt again.
 """
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,18 +84,19 @@ def make_run(
             adapt.check_images(teacher.info, student.adapt)
     for sampler in samplers:
         denoisers.make_denoiser_sampler(teacher, sampler)
-    return Run(config, workdir, teacher, layers, plans, device_mesh, teacher_id(teacher))
+    return Run(config, workdir, teacher, layers, plans, device_mesh,
+               teacher_id(teacher, device_mesh))  # fmt: skip
 
 
-def teacher_id(teacher: denoisers.Denoiser) -> str:
+def teacher_id(teacher: denoisers.Denoiser, device_mesh: mesh.Mesh) -> str:
     """Names a teacher by what it is rather than by its path, behind which files may change."""
-    params = traverse_util.flatten_dict(jax.device_get(teacher.params), sep='/')
+    params = traverse_util.flatten_dict(teacher.params, sep='/')
     settings = [denoisers.network_settings(teacher.network), denoisers.info_settings(teacher.info)]
     if teacher.decoder is not None:
-        decoder = traverse_util.flatten_dict(jax.device_get(teacher.decoder.params), sep='/')
+        decoder = traverse_util.flatten_dict(teacher.decoder.params, sep='/')
         params |= {f'decoder/{name}': leaf for name, leaf in decoder.items()}
         settings.append(denoisers.network_settings(teacher.decoder.network))
-    return artefacts.digest(params, settings)
+    return artefacts.digest(params, settings, fetch=functools.partial(mesh.fetch, device_mesh))
 
 
 def calibration(context: Run) -> calibrate.Calibration:

@@ -5,6 +5,7 @@ workdir that are complete or absent, so a run killed at any moment goes on where
 """
 
 import dataclasses
+import functools
 import json
 import shutil
 import time
@@ -146,8 +147,8 @@ def load_teacher(config: Config, device_mesh: mesh.Mesh | None = None) -> denois
         prompts = [line.strip() for line in lines if line.strip()]
         if not prompts:
             raise ValueError(f'sample.prompts={config.sample.prompts!r}: no prompt in this file.')
-    # Of several processes each spreads the whole later, once its digest is taken.
-    if device_mesh is not None and jax.process_count() == 1:
+    # What students are made of is packed on the host: then every process has all weights at first.
+    if device_mesh is not None and (jax.process_count() == 1 or not config.students):
         options['put'] = mesh.weight_placer(device_mesh)
     return teachers.load_teacher(options.pop('path'), prompts=prompts, **options)
 

@@ -40,6 +40,8 @@ ORBAX_FORMAT = 'dmq_jax.teacher.orbax.1'
 _ORBAX_SETTINGS, _ORBAX_PARAMS = 'teacher.json', 'params'
 _EXPORT = 'dmq_jax.export.1'
 _BUNDLED = 'teacher.safetensors'
+# Folders of a diffusers checkpoint that hold the network.
+_COMPONENTS = ('unet', 'transformer')
 
 
 def save_teacher(
@@ -108,8 +110,10 @@ def load_teacher(
     file = assets.find(path, _BUNDLED)
     if kind not in ('auto', *opening.KINDS):
         raise ValueError(f'teacher.kind={kind!r}: expected auto, {", ".join(opening.KINDS)}.')
+    if file.name == 'model_index.json':
+        file = file.parent
     if file.is_dir():
-        return _load_folder(file, kind, chosen)
+        return _load_folder(_checkpoint_in(file), kind, chosen)
     if not file.is_file():
         raise FileNotFoundError(
             f'teacher.path={str(path)!r}: expected a bundled name '
@@ -126,9 +130,29 @@ def load_teacher(
         opening.check_kind(kind, tensors, file)
     if kind == 'diffusers':
         # One component: its settings lie beside it, those of the process beside its folder.
-        nested = file.parent.name in ('unet', 'transformer')
-        return folders.load(file.parent.parent if nested else file.parent, chosen)
+        return folders.load(_checkpoint_in(file.parent), chosen)
     return single.load(kind, tensors, chosen)
+
+
+def _checkpoint_in(folder: Path) -> Path:
+    """The folder that is meant: of the hub's cache the snapshot, of one component the whole.
+
+    Raises:
+      ValueError: a folder of the cache with several snapshots, none of them the main one.
+    """
+    if (folder / 'snapshots').is_dir():
+        reference = folder / 'refs' / 'main'
+        if reference.is_file():
+            return folder / 'snapshots' / reference.read_text().strip()
+        found = sorted((folder / 'snapshots').iterdir())
+        if len(found) != 1:
+            raise ValueError(
+                f'{folder}: {len(found)} snapshots and no refs/main; expected one; name a folder '
+                f'in snapshots/.'
+            )
+        return found[0]
+    is_part = folder.name in _COMPONENTS and (folder / 'config.json').is_file()
+    return folder.parent if is_part and (folder.parent / 'scheduler').is_dir() else folder
 
 
 def _load_folder(folder: Path, kind: str, options: Options) -> Denoiser:
@@ -148,7 +172,7 @@ def _load_folder(folder: Path, kind: str, options: Options) -> Denoiser:
 
 def _is_ours(file: Path) -> bool:
     """Whether a file says that we wrote it; so does one that lost its metadata, by its names."""
-    if file.suffix != '.safetensors':
+    if not opening.is_safetensors(file):
         return False
     tensors = open_safetensors(file)
     says_so = str(tensors.metadata.get('format')).startswith('dmq_jax.')
@@ -194,11 +218,9 @@ def _ours(
             f'{info.num_classes}; expected None.'
         )
     check_tensors(network, info, tensors, source=source)
-    reading = options.reading()
-    params = {
-        name: reading['put'](name, tensors[name].astype(reading['dtype'])) for name in tensors
-    }
-    return float_denoiser(network, traverse_util.unflatten_dict(params, sep='/'), info)
+    if isinstance(tensors, SafetensorsReader):
+        tensors = opening.Tensors(tensors.path, tensors, {name: name for name in tensors})
+    return float_denoiser(network, options.params(tensors.items()), info)
 
 
 def check_tensors(

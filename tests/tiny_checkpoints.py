@@ -54,6 +54,18 @@ CLIP = {
     'num_attention_heads': 2, 'num_hidden_layers': 2, 'max_position_embeddings': 8,
     'vocab_size': len(ID), 'eos_token_id': ID['<|endoftext|>'], 'model_type': 'clip_text_model',
 }  # fmt: skip
+# As LDM-4 of bedrooms (heads of one width) and LDM-8 of churches (one number of heads, blocks that
+# resize, shifts and scales), and their autoencoders, which shrink images by 4 and by 8.
+BEDROOMS = {
+    'image_size': 4, 'in_channels': 3, 'out_channels': 3, 'model_channels': 32,
+    'attention_resolutions': [2], 'num_res_blocks': 1, 'channel_mult': [1, 2],
+    'num_head_channels': 16,
+}  # fmt: skip
+CHURCHES = {
+    'image_size': 4, 'in_channels': 4, 'out_channels': 4, 'model_channels': 32,
+    'attention_resolutions': [1], 'num_res_blocks': 1, 'channel_mult': [1, 2], 'num_heads': 2,
+    'use_scale_shift_norm': True, 'resblock_updown': True,
+}  # fmt: skip
 VQ = {
     'in_channels': 3, 'out_channels': 3, 'latent_channels': 3, 'block_out_channels': [32, 32],
     'down_block_types': ['DownEncoderBlock2D'] * 2, 'up_block_types': ['UpDecoderBlock2D'] * 2,
@@ -160,6 +172,66 @@ def cin256_tensors():
         .standard_normal((5, 8))
         .astype(np.float32),
     }
+
+
+def lsun_checkpoint(config):
+    """What latent diffusion's training of `BEDROOMS` or `CHURCHES` saved, Lightning's entries too.
+
+    The moving average of the U-Net, its names without dots, is of another seed than its weights.
+    """
+    network = ldm_weights.network_from_compvis(config)
+    source = functools.partial(ldm_weights.compvis_source, network=network)
+    weights, average = (
+        {
+            # 1x1 convolutions of one axis, as the attention of ADM has them.
+            name: array[:, :, None] if name.endswith(('qkv.weight', 'proj_out.weight')) else array
+            for name, array in write_tensors(
+                random_like(ldm_weights.ldm_shapes(network), seed), source
+            ).items()
+        }
+        for seed in (0, 5)
+    )
+    levels = 3 if config is BEDROOMS else 4
+    shared = {
+        'block_out_channels': [32] * levels, 'down_block_types': ['DownEncoderBlock2D'] * levels,
+        'up_block_types': ['UpDecoderBlock2D'] * levels,
+    }  # fmt: skip
+    if config is BEDROOMS:
+        autoencoder = autoencoder_weights.vq_from_diffusers({**VQ, **shared})
+    else:
+        autoencoder = autoencoder_weights.kl_from_diffusers({**KL, **shared})
+    first = write_tensors(
+        random_like(autoencoder_weights.autoencoder_shapes(autoencoder), seed=1),
+        autoencoder_weights.ldm_autoencoder_source(autoencoder),
+    )
+    last = 0.0195 if config is BEDROOMS else 0.0155
+    betas = np.linspace(0.0015**0.5, last**0.5, 1000) ** 2
+    tensors = {
+        'betas': betas.astype(np.float32),
+        'alphas_cumprod': np.cumprod(1 - betas).astype(np.float32),
+        'posterior_variance': betas.astype(np.float32),
+        'lvlb_weights': np.ones(1000, np.float32),
+        **{f'model.diffusion_model.{name}': array for name, array in weights.items()},
+        'model_ema.decay': np.full((), 0.9999, np.float32),
+        'model_ema.num_updates': np.full((), 7, np.int32),
+        **{
+            f'model_ema.diffusion_model{name.replace(".", "")}': array
+            for name, array in average.items()
+        },
+        **{f'first_stage_model.{name}': array for name, array in first.items()},
+    }
+    if config is CHURCHES:
+        tensors['scale_factor'] = np.full((), 0.22, np.float32)
+    return {
+        'epoch': 4, 'global_step': 7, 'pytorch-lightning_version': '1.4.2', 'state_dict': tensors,
+        'callbacks': {'best': 0.5}, 'lr_schedulers': [{'last_epoch': 7, 'base_lrs': [9.6e-5]}],
+        'optimizer_states': [
+            {
+                'state': {0: {'step': 7, 'exp_avg': np.zeros((32, 3, 3, 3), np.float32)}},
+                'param_groups': [{'lr': 9.6e-5, 'betas': (0.9, 0.999), 'params': [0]}],
+            }
+        ],
+    }  # fmt: skip
 
 
 def dit_tensors():

@@ -1,6 +1,8 @@
 """The parts of a folder saved by diffusers: where a component's settings and weights lie."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,3 +92,16 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f'{file}: expected a JSON object.')
     return content
+
+
+@contextlib.contextmanager
+def reading_settings(file: Path) -> Iterator[None]:
+    """What makes something of the settings in `file`: values of a wrong type are the file's fault.
+
+    Raises:
+      ValueError: in place of what a value of a wrong type, such as null for a list, leads to.
+    """
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f'{file}: a setting has a value of another type ({error}).') from error

@@ -8,7 +8,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import PyTree
 
-from dmq_jax.checkpoints.components import find_component
+from dmq_jax.checkpoints.components import CONFIG, find_component, reading_settings
 from dmq_jax.checkpoints.opening import Tensors
 from dmq_jax.checkpoints.options import Options, place
 from dmq_jax.denoisers import Decoder
@@ -57,7 +57,8 @@ def find_decoder(folder: Path, *other: str) -> Decoder | None:
             f'{", ".join(_NETWORKS)}.'
         )
     try:
-        network = make(component.config)
+        with reading_settings(component.folder / CONFIG):
+            network = make(component.config)
         tensors = component.open()
         params = _decoding_half(
             lambda put: autoencoder_weights.autoencoder_params_from_diffusers(

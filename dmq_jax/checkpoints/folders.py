@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 from jaxtyping import PyTree
 
-from dmq_jax.checkpoints import text
+from dmq_jax.checkpoints import strangers, text
 from dmq_jax.checkpoints.components import (
     CONFIG,
     Component,
     find_component,
     find_weights,
     read_json,
+    reading_settings,
 )
 from dmq_jax.checkpoints.decoders import decoder_from_folder, find_decoder
 from dmq_jax.checkpoints.options import Options
@@ -25,6 +26,8 @@ from dmq_jax.networks import Network, class_rows
 
 _SUBFOLDERS = ('unet', 'transformer', '')
 _LATENT_FACTOR = 8
+# Endings of files that may be a checkpoint by themselves.
+_FILES = ('.safetensors', '.ckpt', '.pt', '.pth')
 
 
 class _Reader(NamedTuple):
@@ -77,10 +80,14 @@ def load(folder: Path, options: Options) -> Denoiser:
             f'diffusers.'
         )
     find_weights(component.folder)
+    if find_component(folder, 'text_encoder_2') and not find_component(folder, 'text_encoder'):
+        raise ValueError(f'{folder}: {strangers.refiner()}')
     reader = _READERS[component.class_name]
     try:
-        network = reader.network(_without_class(component.config))
-        schedule, prediction = process_from_settings(read_json(scheduler))
+        with reading_settings(component.folder / CONFIG):
+            network = reader.network(_without_class(component.config))
+        with reading_settings(scheduler):
+            schedule, prediction = process_from_settings(read_json(scheduler))
         side = _checked_size(component.config, network)
         params = reader.params(component.open(), network, **options.reading())
         decoder = find_decoder(folder) or decoder_from_folder(options)
@@ -120,13 +127,33 @@ def _network_component(folder: Path) -> Component:
             # What the old class has and the new ones have not is off in every such file.
             kind = _OLD_NORMS.get(config.get('norm_type'))
             config = {key: value for key, value in config.items() if value not in (None, False)}
+        if kind in _READERS and 'quantization_config' in config:
+            raise ValueError(
+                f'{component.folder}: {CONFIG} has a quantization_config: this network is '
+                f'quantized already; give the float one.'
+            )
         if kind in _READERS:
             return Component(component.folder, {**config, '_class_name': kind})
     first, *others = _READERS
     raise FileNotFoundError(
         f"{folder}: no {CONFIG} with '_class_name': {first!r} (there, in unet/ or transformer/), "
-        f'nor {", ".join(others)}; expected a folder saved by diffusers.'
+        f'nor {", ".join(others)}; expected a folder saved by diffusers.{_what_is_there(folder)}'
     )
+
+
+def _what_is_there(folder: Path) -> str:
+    """What a folder without a network holds instead, as a sentence."""
+    classes = [
+        f'{component.class_name} in {name or "."}/'
+        for name in (*_SUBFOLDERS, 'vae')
+        if (component := find_component(folder, name)) is not None
+    ]
+    if classes:
+        return f' It holds {", ".join(classes)}.'
+    files = [file for ending in _FILES for file in sorted(folder.glob(f'*{ending}'))]
+    if files:
+        return f' If {files[0].name!r} is the checkpoint, name that file.'
+    return ''
 
 
 def _without_class(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,13 +161,11 @@ def _without_class(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked_size(config: Mapping[str, Any], network: Network) -> tuple[int, int]:
+    strangers.check_channels(network.in_channels, getattr(network, 'out_channels', None))
     size = config.get('sample_size', getattr(network, 'sample_size', None))
-    out_channels = getattr(network, 'out_channels', None) or network.in_channels
-    if size is None or out_channels not in (network.in_channels, 2 * network.in_channels):
+    if size is None:
         raise ValueError(
-            f'sample_size={size}, in_channels={network.in_channels}, '
-            f'out_channels={out_channels}: expected a size (add it to {CONFIG}) and as many '
-            f'channels out as in, or twice as many.'
+            f'sample_size={size}: expected the side of its images; add it to {CONFIG}.'
         )
     return (size, size) if isinstance(size, int) else tuple(size)
 

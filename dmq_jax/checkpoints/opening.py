@@ -5,7 +5,6 @@ a checkpoint may lie under an entry of it, beside optimizers and callbacks, and 
 training left on their names; here they are found.
 """
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from dmq_jax.checkpoints import strangers
 from dmq_jax.files import torch_files
-from dmq_jax.files.safetensors import open_safetensors
+from dmq_jax.files.safetensors import open_safetensors, read_weight_map
 
 # Name of a kind -> tensors that it alone has; the first match wins.
 _MARKS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ('compvis', ('model.diffusion_model.input_blocks.0.0.weight',)),
+    ('compvis', ('model_ema.diffusion_modelinput_blocks00weight',)),
     ('compvis', ('input_blocks.0.0.weight', 'middle_block.1.transformer_blocks.0.norm1.weight')),
     ('adm', ('input_blocks.0.0.weight', 'time_embed.0.weight')),
     ('ddim', ('temb.dense.0.weight', 'conv_in.weight')),
@@ -96,7 +97,7 @@ def open_tensors(path: str | os.PathLike, *, ema: bool | None = None) -> Tensors
     path = Path(path)
     if path.suffix == '.json' and '.bin.' in path.name:
         source: Mapping[str, np.ndarray] = _open_torch_index(path)
-    elif path.suffix in ('.safetensors', '.json'):
+    elif path.suffix == '.json' or is_safetensors(path):
         source = open_safetensors(path)
     else:
         source = _state_dict(torch_files.load(path, ignore=_IGNORED), path, ema is not False)
@@ -105,6 +106,27 @@ def open_tensors(path: str | os.PathLike, *, ema: bool | None = None) -> Tensors
         if all(name.startswith(prefix) for name in names):
             names = {name.removeprefix(prefix): key for name, key in names.items()}
     return Tensors(path, source, names)
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether it is a safetensors file rather than one of torch.
+
+    The content decides, whatever the name; where it says nothing, the name.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: a file that is known to be neither.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: no such file; expected a checkpoint.')
+    with path.open('rb') as file:
+        head = file.read(32)
+    # The length of a header, and the header, which is JSON.
+    if head[8:9] == b'{' and int.from_bytes(head[:8], 'little') <= path.stat().st_size:
+        return True
+    if stranger := strangers.by_beginning(head):
+        raise ValueError(f'{path}: this is {stranger}.')
+    return path.suffix == '.safetensors' and not head.startswith((b'PK\x03\x04', b'\x80'))
 
 
 def recognise(tensors: Mapping[str, Any], path: Path) -> str:
@@ -116,6 +138,8 @@ def recognise(tensors: Mapping[str, Any], path: Path) -> str:
     for kind, marks in _MARKS:
         if all(mark in tensors for mark in marks):
             return kind
+    if stranger := strangers.by_names(tensors):
+        raise ValueError(f'{path}: this is {stranger}.')
     some = ', '.join(map(repr, sorted(tensors)[:3]))
     raise ValueError(
         f'{path}: not a checkpoint that is known here; its {len(tensors)} tensors are called '
@@ -143,14 +167,9 @@ def check_kind(kind: str, tensors: Mapping[str, Any], path: Path) -> None:
 
 def _open_torch_index(path: Path) -> dict[str, np.ndarray]:
     """The shards that a `pytorch_model.bin.index.json` lists."""
-    try:
-        weight_map = json.loads(path.read_text(encoding='utf-8'))['weight_map']
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not an index of shards ({{'weight_map': ...}}).") from error
+    weight_map = read_weight_map(path)
     found: dict[str, np.ndarray] = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            raise ValueError(f'{path}: shard {shard!r} is not a plain file name.')
         found |= _state_dict(
             torch_files.load(path.parent / shard, ignore=_IGNORED), path.parent / shard, True
         )

@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
+
+from dmq_jax.models.torch_weights import PartialPut, Put, put_params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,8 @@ class Options:
       shapes_only: parameters become `jax.ShapeDtypeStruct`: every tensor is checked, none is kept,
         and no text encoder runs.
       put: called with path and array of every weight of the network; the array, where it is to
-        stay, takes its place. None: the default device.
+        stay, takes its place. One that spreads weights is a `PartialPut`, and no more of a file is
+        read than it keeps. None: the default device.
     """
 
     num_classes: int | None = None
@@ -40,12 +44,16 @@ class Options:
     low_res: str | None = None
     negative_prompt: str | None = None
     shapes_only: bool = False
-    put: Callable[[str, np.ndarray], Any] | None = None
+    put: Put | PartialPut | None = None
 
     def reading(self) -> dict[str, Any]:
         """The arguments of `torch_weights.read_params`: each tensor goes where it will stay."""
         put = _shape if self.shapes_only else self.put or place
         return {'dtype': jnp.dtype(self.dtype), 'put': put}
+
+    def params(self, arrays: Iterable[tuple[str, np.ndarray]]) -> PyTree:
+        """Parameters from arrays by path, which may be views of a file; each where it will stay."""
+        return put_params(arrays, **self.reading())
 
 
 def _shape(path: str, array: np.ndarray) -> jax.ShapeDtypeStruct:

@@ -26,13 +26,11 @@ def process_from_settings(
     Raises:
       ValueError: a setting that is missing, or one that has no counterpart here.
     """
-    # Files older than the setting are of models that predict eps.
-    prediction = settings.get('prediction_type', 'epsilon')
-    if settings.get('beta_schedule') not in _KINDS or prediction not in PREDICTIONS:
+    prediction = prediction_from_settings(settings, source)
+    if settings.get('beta_schedule') not in _KINDS:
         raise ValueError(
-            f'{source}: beta_schedule={settings.get("beta_schedule")!r}, '
-            f'prediction_type={prediction!r}: expected one of {", ".join(_KINDS)}, and one of '
-            f'{", ".join(PREDICTIONS)}.'
+            f'{source}: beta_schedule={settings.get("beta_schedule")!r}: expected one of '
+            f'{", ".join(_KINDS)}; flow matching is not supported.'
         )
     names = ('num_train_timesteps', 'beta_start', 'beta_end')
     if absent := [name for name in names if name not in settings]:
@@ -40,11 +38,24 @@ def process_from_settings(
     values = {name: settings[name] for name in names}
     values['rescale_betas_zero_snr'] = bool(settings.get('rescale_betas_zero_snr'))
     if settings.get('trained_betas'):
-        return Schedule(kind='trained', trained_betas=tuple(settings['trained_betas']), **values), (
-            PREDICTIONS[prediction]
+        betas = tuple(settings['trained_betas'])
+        return Schedule(kind='trained', trained_betas=betas, **values), prediction
+    return Schedule(kind=_KINDS[settings['beta_schedule']], **values), prediction
+
+
+def prediction_from_settings(settings: Mapping[str, Any], source: str = SCHEDULER_CONFIG) -> str:
+    """The prediction type alone.
+
+    Raises:
+      ValueError: one that has no counterpart here.
+    """
+    # Files older than the setting are of models that predict eps.
+    prediction = settings.get('prediction_type', 'epsilon')
+    if prediction not in PREDICTIONS:
+        raise ValueError(
+            f'{source}: prediction_type={prediction!r}: expected one of {", ".join(PREDICTIONS)}.'
         )
-    kind = _KINDS[settings['beta_schedule']]
-    return Schedule(kind=kind, **values), PREDICTIONS[prediction]
+    return PREDICTIONS[prediction]
 
 
 def schedule_from_buffers(tensors: Mapping[str, np.ndarray]) -> Schedule | None:

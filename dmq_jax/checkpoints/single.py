@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from dmq_jax.checkpoints import process as process_lib
-from dmq_jax.checkpoints import text
+from dmq_jax.checkpoints import strangers, text
 from dmq_jax.checkpoints.decoders import decoder_from_compvis, decoder_from_folder
 from dmq_jax.checkpoints.opening import Tensors
 from dmq_jax.checkpoints.options import Options, place, read_settings, unknown_settings
@@ -35,7 +35,8 @@ _DDIM_ATTENTION_SIDE = 16
 # Channels of a head of DiT-XL; of DiT-L, -B and -S (arXiv:2212.09748, table 1), by width.
 _DIT_HEAD_DIMS = {1152: 72, 1024: 64, 768: 64, 384: 64}
 _LATENT_FACTOR = 8
-_UNET = 'model.diffusion_model.'
+_UNET, _AVERAGE = 'model.diffusion_model.', 'model_ema.diffusion_model'
+_REFINER = 'conditioner.embedders.0.model.'
 _CLASS_TABLE = 'cond_stage_model.embedding.weight'
 # Tensors of a CompVis checkpoint that belong to no network: tables of the process, and counters.
 _BUFFERS = (
@@ -208,10 +209,9 @@ def load_pixart(tensors: Tensors, options: Options) -> Denoiser:
 def load_compvis(tensors: Tensors, options: Options) -> Denoiser:
     """A checkpoint of latent diffusion or of Stable Diffusion, all its parts in one file."""
     name, config, process = read_settings(options, _COMPVIS_NETWORKS)
+    unet, has_weights = _unet_of(tensors)
     if config is None:
-        is_whole = f'{_UNET}input_blocks.0.0.weight' in tensors
-        unet = _stripped(tensors, _UNET) if is_whole else tensors
-        name, config = find_published(unet, 'compvis')
+        name, config = find_published(unet, 'compvis', without_dots=not has_weights)
         if name == 'sd-v2':
             raise unknown_settings(
                 tensors.path, "the tensors of 'sd-v2' (768 pixels, predicts v) and 'sd-v2-base' "
@@ -222,9 +222,19 @@ def load_compvis(tensors: Tensors, options: Options) -> Denoiser:
     ema = options.ema
     if ema is None:
         # The scripts of latent diffusion sample from the average, those of Stable Diffusion don't.
-        ema = not is_text and any(name.startswith('model_ema.') for name in tensors)
+        ema = not has_weights or (
+            not is_text and any(name.startswith('model_ema.') for name in tensors)
+        )
+    if not (ema or has_weights):
+        raise ValueError('teacher.ema=False, but this file has the moving average alone.')
     _check_left_over(tensors)
-    params = ldm_weights.params_from_compvis(tensors, network, ema=ema, **options.reading())
+    try:
+        params = ldm_weights.params_from_compvis(tensors, network, ema=ema, **options.reading())
+    except ValueError as error:
+        if not ema:
+            raise
+        hint = ' (teacher.ema=False takes the weights themselves)' if has_weights else ''
+        raise ValueError(f'of the moving average, model_ema.{hint}: {error}') from error
     process = {**_COMPVIS_PROCESSES.get(name or '', {}), **process}
     side = process.pop('image_size', config.get('image_size'))
     if not isinstance(side, int):
@@ -246,6 +256,25 @@ def load_compvis(tensors: Tensors, options: Options) -> Denoiser:
         network, params, options, process, side=side, num_classes=num_classes, decoder=decoder,
         schedule=schedule,
     )  # fmt: skip
+
+
+def _unet_of(tensors: Tensors) -> tuple[Tensors, bool]:
+    """The U-Net's tensors, and True; or, without dots in their names, those of its average alone.
+
+    Raises:
+      ValueError: a U-Net that is given more than noisy latents.
+    """
+    if any(name.startswith(_REFINER) for name in tensors):
+        raise strangers.refiner()
+    unet = tensors
+    if f'{_UNET}input_blocks.0.0.weight' in tensors:
+        unet = _stripped(tensors, _UNET)
+    elif f'{_AVERAGE}input_blocks00weight' in tensors:
+        return _stripped(tensors, _AVERAGE), False
+    if 'out.2.weight' in unet:
+        in_channels = unet.shape_of('input_blocks.0.0.weight')[1]
+        strangers.check_channels(in_channels, unet.shape_of('out.2.weight')[0])
+    return unet, True
 
 
 def _pixels_of_a_latent(decoder: Decoder | None) -> int:
@@ -287,12 +316,15 @@ def _compvis_layout(config: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[int
     return network, expected_tensors(ldm_weights.ldm_shapes(network), source)
 
 
-def find_published(tensors: Tensors, kind: str) -> tuple[str, dict[str, Any]]:
+def find_published(
+    tensors: Tensors, kind: str, *, without_dots: bool = False
+) -> tuple[str, dict[str, Any]]:
     """The published network that has exactly these tensors, and its settings.
 
     Args:
       tensors: of the U-Net alone.
       kind: 'adm' or 'compvis'.
+      without_dots: their names have lost their dots, as those of a moving average do.
 
     Raises:
       ValueError: none or more than one, which the tensors do not tell apart.
@@ -303,12 +335,14 @@ def find_published(tensors: Tensors, kind: str) -> tuple[str, dict[str, Any]]:
     }[kind]
     found: dict[Any, str] = {}
     key = {'adm': 'num_channels', 'compvis': 'model_channels'}[kind]
-    width = tensors.shape_of('time_embed.0.weight')[1]
+    width = tensors.shape_of('time_embed0weight' if without_dots else 'time_embed.0.weight')[1]
     for name, settings in table.items():
         # Most are ruled out by their width alone, without being traced.
         if settings.get(key) != width:
             continue
         network, wanted = layout(settings)
+        if without_dots:
+            wanted = {tensor.replace('.', ''): shape for tensor, shape in wanted.items()}
         if network not in found and _has_shapes(tensors, wanted):
             found[network] = name
     if len(found) == 1:
@@ -358,9 +392,11 @@ def _finish(
             f'teacher.num_classes={options.num_classes}: this checkpoint has {num_classes}; '
             f'expected None.'
         )
-    prediction = process_lib.PREDICTIONS[process.get('prediction_type', 'epsilon')]
+    strangers.check_channels(module.in_channels, getattr(module, 'out_channels', None))
     if schedule is None:
         schedule, prediction = process_lib.process_from_settings(process, 'teacher.settings')
+    else:
+        prediction = process_lib.prediction_from_settings(process, 'teacher.settings')
     info = DenoiserInfo(
         schedule=schedule,
         prediction=prediction,

@@ -15,7 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from dmq_jax.checkpoints.components import Component, find_component, read_json
+from dmq_jax.checkpoints.components import (
+    CONFIG,
+    Component,
+    find_component,
+    read_json,
+    reading_settings,
+)
 from dmq_jax.checkpoints.opening import Tensors
 from dmq_jax.checkpoints.options import Options, place
 from dmq_jax.files.tokenizer import Tokenizer, open_tokenizer
@@ -207,7 +213,8 @@ def _encoder(component: Component, tokenizer: Tokenizer, dtype: str) -> Encoder:
         else text_weights.clip_params_from_transformers
     )
     try:
-        network = make(component.config)
+        with reading_settings(component.folder / CONFIG):
+            network = make(component.config)
     except ValueError as error:
         raise ValueError(f'{component.folder}: {error}') from error
 

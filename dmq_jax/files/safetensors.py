@@ -122,21 +122,41 @@ def open_safetensors(path: str | os.PathLike) -> SafetensorsReader:
     return SafetensorsReader(path, *_read_header(path))
 
 
-def _open_index(path: Path) -> SafetensorsReader:
+def read_weight_map(path: Path) -> dict[str, str]:
+    """The file of every tensor that an index of shards names, all of them beside the index.
+
+    Raises:
+      FileNotFoundError: a shard is not there.
+      ValueError: no index, or one that names files elsewhere.
+    """
+    return _read_index(path)['weight_map']
+
+
+def _read_index(path: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error:
         raise ValueError(f'{path}: not a JSON file ({error}).') from error
     if not isinstance(index, dict) or not isinstance(index.get('weight_map'), dict):
         raise ValueError(f"{path}: not an index of shards; expected {{'weight_map': {{...}}}}.")
+    shards = list(index['weight_map'].values())
+    for shard in shards:
+        # A checkpoint comes from elsewhere: it may name files beside itself only.
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ValueError(f'{path}: shard {shard!r} is not a plain file name.')
+    for shard in sorted(set(shards)):
+        if not (path.parent / shard).is_file():
+            raise FileNotFoundError(
+                f'{path}: shard {shard!r} is missing beside it; download all its shards.'
+            )
+    return index
+
+
+def _open_index(path: Path) -> SafetensorsReader:
+    index = _read_index(path)
     weight_map = index['weight_map']
     places: dict[str, _Place] = {}
     for shard in sorted(set(weight_map.values())):
-        # A checkpoint comes from elsewhere: it may name files beside itself only.
-        if Path(shard).name != shard:
-            raise ValueError(f'{path}: shard {shard!r} is not a plain file name.')
-        if not (path.parent / shard).is_file():
-            raise FileNotFoundError(f'{path}: shard {shard!r} is missing beside it.')
         held, _ = _read_header(path.parent / shard)
         listed = {name for name, where in weight_map.items() if where == shard}
         if held.keys() != listed:

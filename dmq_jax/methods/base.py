@@ -272,11 +272,16 @@ def get_leaf(params: PyTree, name: str) -> Array:
 
 
 def get_kernel(params: PyTree, path: str) -> Float[Array, '...']:
-    """The kernel of the layer at `path`, or of the part of a layer that it names."""
+    """The kernel of the layer at `path`, or of the part of a layer that it names, in float32."""
     part = plan_lib.part_at(path)
     if part is None:
-        return get_leaf(params, f'{path}/kernel')
-    return get_leaf(params, f'{part.layer}/kernel')[..., part.begin : part.end, :]
+        return as_float32(get_leaf(params, f'{path}/kernel'))
+    return as_float32(get_leaf(params, f'{part.layer}/kernel'))[..., part.begin : part.end, :]
+
+
+def as_float32(leaf: Array) -> Float[Array, '...']:
+    """A parameter as what is computed with: a teacher may be kept in bfloat16."""
+    return leaf if leaf.dtype == jnp.float32 else leaf.astype(jnp.float32)
 
 
 def init_inputs(plan: Plan, stats: Stats) -> Tables:

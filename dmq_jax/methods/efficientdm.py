@@ -123,7 +123,7 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
             for path, roles in calibrated['input'].items()
         }
         affine = {
-            name: jax.lax.stop_gradient(base.get_leaf(params, name)) + offset
+            name: jax.lax.stop_gradient(base.as_float32(base.get_leaf(params, name))) + offset
             for name, offset in state['affine'].items()
         }
         return base.Bound(
@@ -168,7 +168,7 @@ def zero_offsets(params: PyTree) -> dict[str, Array]:
     """Zeros for every bias and every scale of a normalization, by 'path/name'."""
     flat = traverse_util.flatten_dict(params, sep='/')
     return {
-        name: jnp.zeros_like(leaf)
+        name: jnp.zeros(leaf.shape, jnp.float32)
         for name, leaf in flat.items()
         if name.rpartition('/')[2] in ('bias', 'scale')
     }

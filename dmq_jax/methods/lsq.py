@@ -65,7 +65,7 @@ def make(config: LSQConfig, plan: Plan, num_train_timesteps: int) -> base.Method
             for path, roles in calibrated['input'].items()
         }
         affine = {
-            name: jax.lax.stop_gradient(base.get_leaf(params, name)) + offset
+            name: jax.lax.stop_gradient(base.as_float32(base.get_leaf(params, name))) + offset
             for name, offset in state['affine'].items()
         }
         return base.Bound(weights, tables, affine)

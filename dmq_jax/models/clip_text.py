@@ -136,7 +136,8 @@ class LayerNorm(nn.Module):
         h = x.astype(jnp.float32)
         h = h - jnp.mean(h, axis=-1, keepdims=True)
         h = h * jax.lax.rsqrt(jnp.mean(h**2, axis=-1, keepdims=True) + self.epsilon)
-        return (h * scale[None, None] + bias[None, None]).astype(self.dtype)
+        scale, bias = (p.astype(jnp.float32)[None, None] for p in (scale, bias))
+        return (h * scale + bias).astype(self.dtype)
 
 
 class Block(nn.Module):

@@ -230,8 +230,9 @@ class GroupNorm(nn.Module):
         centred = x.astype(jnp.float32)
         centred = centred - group_means(centred)
         factor = jax.lax.rsqrt(group_means(centred**2) + self.epsilon)
-        factor = factor * scale[None, None, None, :]
-        return (centred * factor + bias[None, None, None, :]).astype(self.dtype)
+        # The parameters may be kept in bfloat16.
+        scale, bias = (p.astype(jnp.float32)[None, None, None] for p in (scale, bias))
+        return (centred * (factor * scale) + bias).astype(self.dtype)
 
 
 class TimeEmbedding(nn.Module):

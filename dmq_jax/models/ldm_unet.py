@@ -222,7 +222,9 @@ class TransformerBlock(nn.Module):
 
         def norm(name: str) -> Float[Array, 'B N C']:
             normalized = nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, name=name)
-            return normalized(x.astype(jnp.float32)).astype(self.dtype)
+            # Parameters kept in bfloat16 are widened, which strict promotion takes for an accident.
+            with jax.numpy_dtype_promotion('standard'):
+                return normalized(x.astype(jnp.float32)).astype(self.dtype)
 
         h = norm('norm1')
         x = x + CrossAttention(self.num_heads, self.dtype, name='attn1')(h, h)

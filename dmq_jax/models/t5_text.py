@@ -59,7 +59,7 @@ class T5Encoder(nn.Module):
         h = nn.Embed(self.vocabulary_size, self.width, dtype=self.dtype, name='token_embed')(tokens)
         buckets = distance_buckets(length, self.num_buckets, self.max_distance)
         table = nn.Embed(self.num_buckets, self.num_heads, name='distance_embed')
-        bias = table(jnp.asarray(buckets)).transpose(2, 0, 1)[None]
+        bias = table(jnp.asarray(buckets)).astype(jnp.float32).transpose(2, 0, 1)[None]
         if mask is not None:
             unseen = jnp.finfo(jnp.float32).min
             bias = jnp.where(mask.astype(bool)[:, None, None, :], bias, unseen)
@@ -100,7 +100,7 @@ class RMSNorm(nn.Module):
         scale = self.param('scale', nn.initializers.ones, x.shape[-1:])
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.mean(h**2, axis=-1, keepdims=True) + self.epsilon)
-        return (h * scale[None, None]).astype(self.dtype)
+        return (h * scale.astype(jnp.float32)[None, None]).astype(self.dtype)
 
 
 class Block(nn.Module):

@@ -16,7 +16,9 @@ and then, with `shapes = parameter_shapes(network, x, t)`, nothing of which is c
 
 `tensors` is any mapping from names to arrays; they may be views of a file mapped into memory. They
 are converted a few at a time, and each is handed to `put` as soon as it is ready, so that a caller
-who places them on a device there never has two copies of the network.
+who places them on a device there never has two copies of the network. Of a parameter that is spread
+over the devices of several processes, a `put` that is a `PartialPut` makes each convert its own
+parts, and read no more of the file than holds them.
 
 Torch stores Linear as [O, I] and Conv2d as OIHW; Flax wants [I, O] and HWIO. A 1x1 convolution
 ([O, I, 1] or [O, I, 1, 1]) whose place is a dense layer is taken as one.
@@ -30,7 +32,7 @@ import concurrent.futures
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -66,6 +68,25 @@ class Source(NamedTuple):
     parts: int = 1
     heads: int = 1
     transposed: bool = True
+
+
+# A part of an array: a slice for every axis.
+Index = tuple[slice, ...]
+# What a parameter becomes, by its path.
+Put = Callable[[str, np.ndarray], Any]
+
+
+class PartialPut(Protocol):
+    """A `Put` that keeps parts of every parameter, and need not be given the rest."""
+
+    def __call__(self, path: str, array: np.ndarray) -> Any:
+        """What takes the place of a parameter that is at hand in whole."""
+
+    def indices(self, path: str, shape: tuple[int, ...]) -> list[Index]:
+        """The parts of a parameter that are kept here, each once."""
+
+    def join(self, path: str, shape: tuple[int, ...], parts: list[np.ndarray]) -> Any:
+        """What takes the place of a parameter of which these are the parts of `indices`."""
 
 
 def rename(path: str, table: Table) -> str:
@@ -136,7 +157,7 @@ def read_params(
     *,
     names: Mapping[str, str] | None = None,
     dtype: Any = np.float32,
-    put: Callable[[str, np.ndarray], Any] | None = None,
+    put: Put | PartialPut | None = None,
 ) -> PyTree:
     """Parameters of a network from the tensors of a checkpoint, no more and no fewer.
 
@@ -148,10 +169,10 @@ def read_params(
       names: from a name that `source` gives to the key in `tensors`, where they differ; keys of
         `tensors` that are not among its values are passed over. None: every key, as it is.
       dtype: of the parameters.
-      put: called with path and array; what it returns takes the place of the array.
+      put: what it returns takes the place of an array; see `put_params`.
 
     Raises:
-      ValueError: naming the first tensor that is missing, left over or of another shape.
+      ValueError: naming the first tensor that is missing, left over, of another shape or no float.
     """
     names = {name: name for name in tensors} if names is None else names
     expected = expected_tensors(shapes, source)
@@ -176,15 +197,41 @@ def read_params(
     def read() -> Iterator[tuple[str, np.ndarray]]:
         for path, leaf in traverse_util.flatten_dict(shapes, sep='/').items():
             where = source(path)
-            tensor = _piece(np.asarray(tensors[names[where.name]]), where)
+            tensor = np.asarray(tensors[names[where.name]])
+            if tensor.dtype.kind in 'biuc':
+                raise ValueError(
+                    f'{names[where.name]!r} is of dtype {tensor.dtype}, expected floating point: '
+                    f'quantized already?'
+                )
+            tensor = _piece(tensor, where)
             tensor = _from_torch(path, tensor, leaf.shape, where)
             assert tensor.shape == leaf.shape, f'{path}: {tensor.shape} is not {leaf.shape}'
             yield path, tensor
 
-    flat = {
-        path: array if put is None else put(path, array)
-        for path, array in _copied(read(), np.dtype(dtype))
-    }
+    return put_params(read(), dtype=dtype, put=put)
+
+
+def put_params(
+    arrays: Iterable[tuple[str, np.ndarray]],
+    *,
+    dtype: Any = np.float32,
+    put: Put | PartialPut | None = None,
+) -> PyTree:
+    """Parameters from arrays by path, in order, which may be views of a file.
+
+    Args:
+      arrays: paths and arrays; of each one is read what `put` keeps, a few arrays at a time.
+      dtype: of the parameters.
+      put: called with path and array; what it returns takes the place of the array. One that is a
+        `PartialPut` is given the parts that it keeps.
+    """
+    dtype, is_partial = np.dtype(dtype), hasattr(put, 'indices')
+    flat = {}
+    for path, shape, parts in _copied(arrays, dtype, put.indices if is_partial else _whole):
+        if is_partial:
+            flat[path] = put.join(path, shape, parts)
+        else:
+            flat[path] = parts[0] if put is None else put(path, parts[0])
     return traverse_util.unflatten_dict(flat, sep='/')
 
 
@@ -256,19 +303,33 @@ def _hashable(value: Any) -> Any:
     return tuple(map(_hashable, value)) if isinstance(value, list) else value
 
 
+def _whole(path: str, shape: tuple[int, ...]) -> list[Index]:
+    return [(slice(None),) * len(shape)]
+
+
 def _copied(
-    tensors: Iterable[tuple[str, np.ndarray]], dtype: np.dtype
-) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors in order, each copied to `dtype` and row-major order, a few at a time."""
+    tensors: Iterable[tuple[str, np.ndarray]],
+    dtype: np.dtype,
+    indices: Callable[[str, tuple[int, ...]], list[Index]],
+) -> Iterator[tuple[str, tuple[int, ...], list[np.ndarray]]]:
+    """Path, shape and parts of every tensor in order, each copied to `dtype` and row-major order.
+
+    A few tensors are copied at a time.
+    """
+
+    def copies(tensor: np.ndarray, parts: list[Index]) -> list[np.ndarray]:
+        return [_copy(tensor[part], dtype) for part in parts]
+
     with concurrent.futures.ThreadPoolExecutor(_COPIED_AT_ONCE) as threads:
-        waiting: collections.deque[tuple[str, concurrent.futures.Future]] = collections.deque()
+        waiting: collections.deque[tuple[Any, ...]] = collections.deque()
         for path, tensor in tensors:
-            waiting.append((path, threads.submit(_copy, tensor, dtype)))
+            future = threads.submit(copies, tensor, indices(path, tensor.shape))
+            waiting.append((path, tensor.shape, future))
             if len(waiting) == _COPIED_AT_ONCE:
-                path, future = waiting.popleft()
-                yield path, future.result()
-        for path, future in waiting:
-            yield path, future.result()
+                path, shape, future = waiting.popleft()
+                yield path, shape, future.result()
+        for path, shape, future in waiting:
+            yield path, shape, future.result()
 
 
 def _copy(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:

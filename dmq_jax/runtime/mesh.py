@@ -9,6 +9,7 @@ Axes of the mesh: 'data' splits batches; 'fsdp' splits batches and, between thei
 """
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -181,18 +182,51 @@ def shard_weights(mesh: Mesh, tree: Any) -> Any:
     return place(tree, shardings(mesh, tree, WEIGHT_RULES))
 
 
-def weight_placer(mesh: Mesh) -> Callable[[str, np.ndarray], jax.Array] | None:
-    """What places one weight after another as `shard_weights` would all of them, by its path.
+class WeightPlacer:
+    """Places one weight after another as `shard_weights` would all of them, by its path.
 
-    None where weights are not spread: then they need not leave the default device.
+    Of a weight that is still in a file, `indices` are the parts that lie on devices of this
+    process, and `join` makes the weight of them: nobody needs the whole.
     """
-    if mesh.shape['fsdp'] * mesh.shape['tensor'] == 1:
-        return None
 
-    def placed(path: str, array: np.ndarray) -> jax.Array:
-        return jax.block_until_ready(shard_weights(mesh, {path: array})[path])
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
 
-    return placed
+    def __call__(self, path: str, array: np.ndarray) -> jax.Array:
+        """The weight on its devices, of an array that every process has in whole."""
+        return jax.block_until_ready(shard_weights(self.mesh, {path: array})[path])
+
+    def indices(self, path: str, shape: tuple[int, ...]) -> list[tuple[slice, ...]]:
+        """The parts that lie here, each once, however many devices have it."""
+        found = self._sharding(path, shape).addressable_devices_indices_map(shape)
+        return list({_bounds(index, shape): index for index in found.values()}.values())
+
+    def join(self, path: str, shape: tuple[int, ...], parts: Sequence[np.ndarray]) -> jax.Array:
+        """The weight on its devices, of the parts of `indices`."""
+        wanted = self.indices(path, shape)
+        held = {_bounds(index, shape): part for index, part in zip(wanted, parts, strict=True)}
+        return jax.block_until_ready(
+            jax.make_array_from_callback(
+                shape, self._sharding(path, shape), lambda index: held[_bounds(index, shape)]
+            )
+        )
+
+    def _sharding(self, path: str, shape: tuple[int, ...]) -> NamedSharding:
+        abstract = {path: jax.ShapeDtypeStruct(shape, np.float32)}
+        return shardings(self.mesh, abstract, WEIGHT_RULES)[path]
+
+
+def weight_placer(mesh: Mesh) -> WeightPlacer | None:
+    """What places weights as they are read; None where weights are not spread.
+
+    Then they need not leave the default device.
+    """
+    return None if mesh.shape['fsdp'] * mesh.shape['tensor'] == 1 else WeightPlacer(mesh)
+
+
+def _bounds(index: Sequence[slice], shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """The index as something that can be compared: where it begins and ends on each axis."""
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 def place(tree: Any, placement: Any) -> Any:
@@ -220,10 +254,15 @@ def _place_part(leaf: Any, sharding: NamedSharding) -> jax.Array:
 
 def fetch(mesh: Mesh, tree: Any) -> Any:
     """The arrays of `tree`, whole, as NumPy arrays in every process."""
-    if jax.process_count() > 1:
-        whole = NamedSharding(mesh, PartitionSpec())
-        tree = jax.jit(lambda leaves: leaves, out_shardings=whole)(tree)
+    leaves = jax.tree.leaves(tree)
+    if any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in leaves):
+        tree = _gathering(NamedSharding(mesh, PartitionSpec()))(tree)
     return jax.device_get(tree)
+
+
+@functools.lru_cache
+def _gathering(whole: NamedSharding) -> Callable[[Any], Any]:
+    return jax.jit(lambda leaves: leaves, out_shardings=whole)
 
 
 def local_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:

@@ -37,7 +37,7 @@ def test_trained_betas_and_the_rescaling_to_no_signal_are_kept():
 @pytest.mark.parametrize(
     'change, text',
     [
-        ({'beta_schedule': 'sigmoid'}, "beta_schedule='sigmoid'.*expected one of linear"),
+        ({'beta_schedule': 'sigmoid'}, "mine: beta_schedule='sigmoid': expected one of linear"),
         ({'prediction_type': 'sample'}, "prediction_type='sample': expected one of"),
         ({'beta_end': ...}, 'mine: no beta_end'),
     ],

@@ -68,6 +68,46 @@ def test_a_compvis_checkpoint_goes_all_the_way(tmp_path):
     travel(teacher, tmp_path, guidance_scale=3.0)
 
 
+def lsun(folder, config):
+    file = tiny.save_torch(folder / 'model.ckpt', tiny.lsun_checkpoint(config))
+    return file, tiny.settings_file(folder, network=config)
+
+
+@pytest.mark.parametrize(
+    'config, last_beta, factor, scaling',
+    [(tiny.BEDROOMS, 0.0195, 4, 1.0), (tiny.CHURCHES, 0.0155, 8, 0.22)],
+    ids=['bedrooms', 'churches'],
+)
+def test_an_unconditional_compvis_checkpoint_is_its_average_and_its_first_stage(
+    tmp_path, config, last_beta, factor, scaling
+):
+    file, settings = lsun(tmp_path, config)
+    teacher = load_teacher(file, settings=settings)
+    assert teacher.info.num_classes is None and teacher.info.is_latent
+    assert (teacher.info.schedule.kind, teacher.info.schedule.beta_end) == (
+        'scaled_linear', last_beta,
+    )  # fmt: skip
+    network = teacher.decoder.network
+    assert 2 ** (len(network.channels) - 1) == factor
+    assert network.scaling_factor == pytest.approx(scaling)
+    shapes = jax.tree.map(lambda leaf: leaf, teacher.params)
+    np.testing.assert_array_equal(
+        tiny.leaves(teacher.params), tiny.leaves(tiny.random_like(shapes, seed=5))
+    )
+    without = load_teacher(file, settings=settings, ema=False)
+    np.testing.assert_array_equal(
+        tiny.leaves(without.params), tiny.leaves(tiny.random_like(shapes, seed=0))
+    )
+    assert np.isfinite(last_latents(teacher)).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('config', [tiny.BEDROOMS, tiny.CHURCHES], ids=['bedrooms', 'churches'])
+def test_an_unconditional_compvis_checkpoint_goes_all_the_way(tmp_path, config):
+    file, settings = lsun(tmp_path, config)
+    travel(load_teacher(file, settings=settings), tmp_path)
+
+
 @pytest.mark.slow  # a minute of compiling
 def test_a_dit_checkpoint_goes_all_the_way(tmp_path):
     file = tiny.save_torch(tmp_path / 'DiT.pt', tiny.dit_tensors())
@@ -183,11 +223,7 @@ def test_a_tensor_of_no_part_of_a_compvis_checkpoint_is_named(tmp_path):
 
 def test_the_moving_average_is_read_by_default_as_the_scripts_of_latent_diffusion_do(tmp_path):
     tensors = tiny.cin256_tensors()
-    average = {
-        'model_ema.' + name.removeprefix('model.').replace('.', ''): array + 1
-        for name, array in tensors.items()
-        if name.startswith('model.')
-    }
+    average = averaged(tensors)
     counters = {'model_ema.decay': np.float32([0.9]), 'model_ema.num_updates': np.int32([7])}
     file = tiny.save_torch(tmp_path / 'm.ckpt', {'state_dict': {**tensors, **average, **counters}})
     options = {'settings': tiny.settings_file(tmp_path, network=tiny.LDM)}
@@ -195,6 +231,91 @@ def test_the_moving_average_is_read_by_default_as_the_scripts_of_latent_diffusio
     for ema in (None, True):
         chosen = load_teacher(file, ema=ema, **options).params['conv_in']['bias']
         np.testing.assert_array_equal(chosen, weights + 1)
+
+
+def averaged(tensors):
+    """The entries of a moving average of the weights among `tensors`, one more than they are."""
+    return {
+        'model_ema.' + name.removeprefix('model.').replace('.', ''): array + 1
+        for name, array in tensors.items()
+        if name.startswith('model.')
+    }
+
+
+@pytest.mark.parametrize(
+    'change, text',
+    [
+        (lambda average: average.pop(sorted(average)[0]), '1 tensors missing'),
+        (
+            lambda average: average.update(
+                {'model_ema.diffusion_modelmore': np.zeros(1, np.float32)}
+            ),
+            "1 tensors unused, e.g. 'model_ema.diffusion_modelmore'",
+        ),
+    ],
+)
+def test_an_average_of_other_tensors_is_refused_and_may_be_left(tmp_path, change, text):
+    tensors = tiny.cin256_tensors()
+    average = averaged(tensors)
+    change(average)
+    file = tiny.save_torch(tmp_path / 'm.ckpt', {'state_dict': {**tensors, **average}})
+    options = {'settings': tiny.settings_file(tmp_path, network=tiny.LDM)}
+    with pytest.raises(ValueError, match=rf'average.*\(teacher.ema=False takes.*: {text}'):
+        load_teacher(file, **options)
+    assert load_teacher(file, ema=False, **options).info.num_classes == 4
+
+
+def test_an_average_without_its_weights_is_the_network(tmp_path):
+    tensors = tiny.cin256_tensors()
+    rest = {name: array for name, array in tensors.items() if not name.startswith('model.')}
+    file = tiny.save_torch(tmp_path / 'm.ckpt', {'state_dict': {**rest, **averaged(tensors)}})
+    options = {'settings': tiny.settings_file(tmp_path, network=tiny.LDM)}
+    found = load_teacher(file, **options).params['conv_in']['bias']
+    np.testing.assert_array_equal(found, tensors['model.diffusion_model.input_blocks.0.0.bias'] + 1)
+    with pytest.raises(ValueError, match='teacher.ema=False, but .* the moving average alone'):
+        load_teacher(file, ema=False, **options)
+
+
+@pytest.mark.slow
+def test_a_published_network_is_found_by_its_average_alone():
+    prefix = 'model.diffusion_model.'
+    tensors = {
+        name.removeprefix(prefix).replace('.', ''): shape
+        for name, shape in listing('ldm_unet_lsun_churches').items()
+    }
+    found = single.find_published(Listed(tensors), 'compvis', without_dots=True)
+    assert found[0] == 'lsun_churches'
+
+
+@pytest.mark.parametrize('prediction', ['sample', 'flow'])
+def test_a_prediction_without_a_counterpart_is_refused(tmp_path, prediction):
+    file = tiny.save_torch(tmp_path / 'm.ckpt', {'state_dict': tiny.cin256_tensors()})
+    settings = tiny.settings_file(
+        tmp_path, network=tiny.LDM, process={'prediction_type': prediction}
+    )
+    with pytest.raises(ValueError, match=f"teacher.settings: prediction_type='{prediction}': exp"):
+        load_teacher(file, settings=settings)
+
+
+@pytest.mark.parametrize('has_settings', [True, False])
+def test_a_file_of_a_network_that_is_given_an_image_besides_is_refused(tmp_path, has_settings):
+    tensors = tiny.cin256_tensors()
+    name = 'model.diffusion_model.input_blocks.0.0.weight'
+    tensors[name] = np.concatenate([tensors[name]] * 3, axis=1)
+    file = tiny.save_torch(tmp_path / 'inpainting.ckpt', {'state_dict': tensors})
+    settings = tiny.settings_file(tmp_path, network={**tiny.LDM, 'in_channels': 9})
+    with pytest.raises(ValueError, match=r'in_channels=9, out_channels=3: .*\(inpainting'):
+        load_teacher(file, settings=settings if has_settings else None)
+
+
+def test_a_file_of_the_refiner_of_sdxl_is_refused(tmp_path):
+    tensors = {
+        **tiny.cin256_tensors(),
+        'conditioner.embedders.0.model.ln_final.bias': np.zeros(2, np.float32),
+    }
+    file = tiny.save_torch(tmp_path / 'refiner.ckpt', {'state_dict': tensors})
+    with pytest.raises(ValueError, match='the refiner of SDXL, .*give the base network'):
+        load_teacher(file, settings=tiny.settings_file(tmp_path, network=tiny.LDM))
 
 
 def test_parameters_may_be_kept_in_bfloat16(tmp_path):

@@ -1,6 +1,7 @@
 """launch/local.sh: several processes on this machine end where one process ends."""
 
 import glob
+import json
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ import safetensors.numpy
 from dmq_jax.runtime import hosts, log
 from dmq_jax.runtime import parts as parts_lib
 from tests import test_pipeline as story
+from tests.checkpoints import test_memory
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / 'launch' / 'local.sh'
@@ -190,6 +192,48 @@ def test_loss_gradients_ranges_and_samples_do_not_depend_on_processes_and_device
     off = np.abs(images.astype(int) - one['images'].astype(int))
     # A value at the edge between two pixel values may fall on its other side.
     assert off.max() <= 1 and (off > 0).mean() < 0.01
+
+
+# Of its part, as of a whole teacher in tests/checkpoints/test_memory.py: a fourth more, and what
+# tracing a network and reading a tensor take. The whole, or its file kept mapped, is beyond.
+SHARE, CONSTANT_MB = 1.25, 100
+
+
+def test_a_process_reads_its_part_of_weights_that_are_spread(tmp_path):
+    count = 4
+    file = test_memory.write_checkpoint(tmp_path, 'safetensors', num_layers=36)
+    process = start(
+        count, f'--out={tmp_path}/found', f'--path={file}', module='tests.launch.loaded'
+    )
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    for i in range(count):
+        found = json.loads((tmp_path / f'found.{i}.json').read_text())
+        grown_mb, size_mb = found['grown_mb'], found['size_mb']
+        limit_mb = SHARE * size_mb / count + CONSTANT_MB
+        assert grown_mb < limit_mb < size_mb, f'{grown_mb:.0f} MB for 1/{count} of {size_mb:.0f}'
+
+
+def test_a_teacher_spread_over_processes_draws_what_it_draws_in_one(config_file, tmp_path):
+    file = config_file.with_name('teacher_alone.py')
+    file.write_text(config_file.read_text().replace('return config', ALONE))
+    arguments = [f'--config={file}', '--config.mesh.data=1', '--config.mesh.fsdp=2']
+    cache, images = tmp_path / 'compiled', []
+    for count in 1, 2:
+        process = start(
+            count, *arguments, '--stages=sample', f'--workdir={tmp_path}/{count}', cache=cache,
+            devices=2 // count,
+        )  # fmt: skip
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        images.append((tmp_path / str(count) / 'samples/teacher/images.npz').read_bytes())
+    assert images[0] == images[1]
+    # The teacher is the same to whoever goes on, or there would be images of another.
+    process = start(
+        1, *arguments, '--stages=sample', f'--workdir={tmp_path}/2', cache=cache, devices=2
+    )
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
 
 
 # Many images of a small size, drawn in two steps; a batch leaves a part of every process.

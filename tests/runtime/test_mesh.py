@@ -148,3 +148,19 @@ def test_shardings_apply_to_abstract_trees():
 def test_rules_that_cannot_be_followed_are_refused(rules, text):
     with pytest.raises(ValueError, match=re.escape(text)):
         mesh_lib.shardings(mesh_lib.make_mesh(), PARAMS, rules)
+
+
+@pytest.mark.parametrize('sizes', [(1, 2, 2), (2, 4, 1), (4, 1, 2), (1, 8, 1)])
+def test_a_weight_joined_of_its_parts_is_the_weight_placed_in_whole(sizes):
+    mesh = mesh_lib.make_mesh(*sizes)
+    placer = mesh_lib.weight_placer(mesh)
+    for shape in ((3, 3, 8, 16), (8, 8), (5, 7), (16,), ()):
+        array = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
+        indices = placer.indices('kernel', shape)
+        # All devices are this process's: the parts are the whole, each element once.
+        parts = [array[index] for index in indices]
+        assert sorted(np.concatenate([part.ravel() for part in parts])) == sorted(array.ravel())
+        joined, placed = placer.join('kernel', shape, parts), placer('kernel', array)
+        assert joined.sharding == placed.sharding
+        for mine, theirs in zip(joined.addressable_shards, placed.addressable_shards, strict=True):
+            np.testing.assert_array_equal(mine.data, theirs.data)
