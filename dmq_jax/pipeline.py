@@ -5,7 +5,6 @@ workdir that are complete or absent, so a run killed at any moment goes on where
 """
 
 import dataclasses
-import functools
 import json
 import shutil
 import time
