@@ -5,7 +5,7 @@
 
 `reduced`, the default: W4A8 with coverage `full` and W4A4 with `paper`, 500 images, half a minute
 of learning for each. `full`: W8A8, W4A8, W4A4, W2A8 with both coverages, 1,000 images, learning
-ten times as long. What learns from a user's images, PEQA, TuneQDM and QLoRA, learns from images of
+four times as long. What learns from a user's images, PEQA, TuneQDM and QLoRA, learns from images of
 the teacher here, so that no data is needed.
 """
 
@@ -24,7 +24,7 @@ SETTINGS = {
 
 def cells(size: str):
     """The methods, by name: their options, and how long they learn."""
-    times = {'reduced': 1, 'full': 10}[size]
+    times = {'reduced': 1, 'full': 4}[size]
     learning = {'rounding_learning_rate': 2e-2}
     blocks = {'num_iterations': 100 * times, 'num_timesteps': 10, 'num_images': 64}
     tuned = {'num_iterations': 150 * times}

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from dmq_jax import artefacts, command_line, evaluate, pipeline
@@ -73,6 +74,8 @@ def make_cell(
     if is_there:
         return _row(context, reference, name, teacher) | _read_costs(costs)
     began = time.monotonic()
+    # What the cell before has compiled serves no other, and would count as memory of this one.
+    jax.clear_caches()
     try:
         with memory.watched() as peak:
             row = _row(context, reference, name, teacher)
