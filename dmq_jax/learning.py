@@ -252,7 +252,7 @@ def drawn_images(context: Run, num_images: int) -> images_lib.ImageSet:
         return sampling.draw(
             context.teacher, config.sampler, labels=labels, num_images=num_images,
             key=jax.random.fold_in(context.key('finetune'), 4),
-            batch_size=min(config.sample.batch_size, num_images),
+            batch_size=config.sample.batch_size, device_mesh=context.device_mesh,
         )  # fmt: skip
 
     def load(path: Path) -> np.ndarray:

@@ -18,7 +18,7 @@ from dmq_jax import denoisers
 from dmq_jax.config import SamplerConfig
 from dmq_jax.diffusion import samplers
 from dmq_jax.models import autoencoder
-from dmq_jax.runtime import mesh
+from dmq_jax.runtime import hosts, mesh
 
 _DECODED_AT_ONCE = 8
 
@@ -86,6 +86,10 @@ def decode(
 
 def _decoded(decoder: denoisers.Decoder, latents: Array) -> UInt8[np.ndarray, 'B H W C']:
     count = len(latents)
+    if not count:  # of a process whose devices repeat what others drew
+        one = jax.ShapeDtypeStruct((1, *latents.shape[1:]), latents.dtype)
+        shape = jax.eval_shape(functools.partial(decode, decoder.network), decoder.params, one)
+        return np.zeros((0, *shape.shape[1:]), np.uint8)
     # A few at a time: a decoder needs far more memory for an image than its denoiser.
     size = min(_DECODED_AT_ONCE, count)
     starts = range(0, count, size)
@@ -153,13 +157,22 @@ def draw(
     key: Key[Array, ''],
     batch_size: int,
     num_images: int | None = None,
+    device_mesh: mesh.Mesh | None = None,
 ) -> UInt8[np.ndarray, 'N H W C']:
-    """All images of a run at once; see `batches`."""
+    """All images of a run at once, in every process; see `batches`."""
     num_images = len(labels) if num_images is None else num_images
     parts = batches(
-        denoiser, config, labels=labels, num_images=num_images, key=key, batch_size=batch_size
-    )
-    return np.concatenate([batch.images for batch in parts])
+        denoiser, config, labels=labels, num_images=num_images, key=key, batch_size=batch_size,
+        device_mesh=device_mesh,
+    )  # fmt: skip
+    if device_mesh is None:
+        return np.concatenate([batch.images for batch in parts])
+    drawn = [(batch.indices, batch.images) for batch in parts]
+    images = np.zeros((num_images, *drawn[0][1].shape[1:]), np.uint8)
+    for indices, rows in drawn:
+        images[indices] = rows
+    # Every image is one process's, and 0 with the others.
+    return np.sum([found for (found,) in hosts.gather((images,))], axis=0, dtype=np.uint8)
 
 
 def check_decoder(denoiser: denoisers.Denoiser) -> None:

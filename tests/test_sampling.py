@@ -5,6 +5,7 @@ import pytest
 
 from dmq_jax import denoisers, sampling
 from dmq_jax.config import SamplerConfig
+from dmq_jax.models import autoencoder
 from dmq_jax.runtime import mesh
 from tests import tiny
 
@@ -87,6 +88,26 @@ def test_an_image_does_not_depend_on_where_the_run_starts():
 def test_an_image_does_not_depend_on_the_number_of_devices(together):
     # 16 per batch: the last images are filling, cut off again.
     assert_same_images(images_of(draw(16, devices=8)), together)
+
+
+def test_all_images_at_once_are_whole_whatever_the_devices(together):
+    found = sampling.draw(
+        tiny.teacher(), SAMPLER, labels=denoisers.balanced_labels(NUM_IMAGES, tiny.NUM_CLASSES),
+        key=jax.random.key(4), batch_size=16, device_mesh=mesh.make_mesh(8),
+    )  # fmt: skip
+    assert_same_images(found, together)
+
+
+def test_no_latents_are_decoded_to_no_images():
+    network = autoencoder.AutoencoderKL(
+        channels=(4, 4), in_channels=1, latent_channels=2, layers_per_block=1, num_groups=2
+    )
+    latents = np.zeros((3, 4, 4, 2), np.float32)
+    params = network.init(jax.random.key(0), latents, method='decode')['params']
+    decoder = denoisers.Decoder(network, params)
+    whole = sampling._decoded(decoder, latents)
+    none = sampling._decoded(decoder, latents[:0])
+    assert none.shape == (0, *whole.shape[1:]) and none.dtype == whole.dtype
 
 
 def test_one_program_serves_all_batches_and_all_weights():

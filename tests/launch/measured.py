@@ -42,10 +42,14 @@ def measure(device_mesh):
         batch_size=NUM_IMAGES, device_mesh=device_mesh,
     ):  # fmt: skip
         images[drawn.indices] = drawn.images
+    drawn = sampling.draw(
+        teacher, tiny.SAMPLER, labels=labels, num_images=NUM_IMAGES, key=jax.random.key(4),
+        batch_size=NUM_IMAGES, device_mesh=device_mesh,
+    )  # fmt: skip
     ranges = calibrate.run(
         teacher, tiny.observed(), tiny.CALIBRATE, key=jax.random.key(1), device_mesh=device_mesh
     )
-    return {'loss': value, 'gradients': joined(gradients), 'images': images,
+    return {'loss': value, 'gradients': joined(gradients), 'images': images, 'drawn': drawn,
             'low': joined([[s.low for s in roles.values()] for roles in ranges.stats.values()]),
             'high': joined([[s.high for s in roles.values()] for roles in ranges.stats.values()]),
             }  # fmt: skip

@@ -64,16 +64,23 @@ else:
 """
 
 
+# Tests in the background of a shell have no interrupts, nor would what they start.
+WITH_INTERRUPTS = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
 def pretend(tmp_path, plan):
     """local.sh with processes that do as the plan says."""
     (tmp_path / 'pretending.py').write_text(PRETENDING)
     environ = {**os.environ, 'PYTHON': sys.executable, 'PYTHONPATH': str(tmp_path),
                'MODULE': 'pretending', 'JAX_PLATFORMS': 'cpu'}  # fmt: skip
     return subprocess.Popen(
-        ['bash', str(SCRIPT), str(plan.count(',') + 1), f'--plan={plan}'], env=environ, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        # Tests in the background of a shell have no interrupts, nor would what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        [sys.executable, '-c', WITH_INTERRUPTS, 'bash', str(SCRIPT), str(plan.count(',') + 1),
+         f'--plan={plan}'],
+        env=environ, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 
@@ -189,6 +196,8 @@ def test_loss_gradients_ranges_and_samples_do_not_depend_on_processes_and_device
             np.testing.assert_allclose(found[name], one[name], rtol=TOLERANCE, atol=TOLERANCE)
         # Each process has those that its devices drew, and zeros.
         images += found['images']
+    for found in parts:
+        np.testing.assert_array_equal(found['drawn'], images)
     off = np.abs(images.astype(int) - one['images'].astype(int))
     # A value at the edge between two pixel values may fall on its other side.
     assert off.max() <= 1 and (off > 0).mean() < 0.01
