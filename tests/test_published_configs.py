@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from dmq_jax import denoisers, exporting, pipeline
-from dmq_jax.config import EfficientDMConfig, from_config_dict
+from dmq_jax.config import from_config_dict
 from dmq_jax.diffusion.schedule import Schedule
 from dmq_jax.teachers import load_teacher
 from tests import tiny
@@ -134,9 +134,9 @@ def small_run(file, folder):
         config.sample.prompts = str(prompts)
     student['finetune'].update({'num_iterations': 3, 'batch_size': 2, 'log_every': 1})
     student['quant'].update({'weight_observer': 'minmax', 'activation_observer': 'minmax'})
-    # Three steps, each on a batch of its own: small ones, or the last undo the first.
-    rates = [name for name in vars(EfficientDMConfig()) if 'rate' in name]
-    student['method'].update({name: 0.1 * getattr(EfficientDMConfig(), name) for name in rates})
+    if file.stem == 'pixart':
+        # So small, it loses no more at 4 bits than one other rounding of an activation is worth.
+        student['quant']['weight_bits'] = 2
     student['method']['lora_rank'] = 2
     return config
 

@@ -26,7 +26,9 @@ def make(config: FullFinetuningConfig, plan: Plan, num_train_timesteps: int) -> 
         del key
         flat = traverse_util.flatten_dict(params, sep='/')
         return {
-            'params': {name: leaf for name, leaf in flat.items() if name not in fixed},
+            'params': {
+                name: base.as_float32(leaf) for name, leaf in flat.items() if name not in fixed
+            },
             'calibrated': {
                 'weight': base.init_weights(plan, params), 'input': base.init_inputs(plan, stats)
             },

@@ -51,9 +51,10 @@ def _travel(teacher, folder, guidance_scale):
             finetune_options={'batch_size': 2, 'log_every': 1, 'sampler': sampler},
             **OPTIONS,
         )  # fmt: skip
+    metrics = folder / 'run/students/efficientdm/finetune/metrics.jsonl'
     losses = [
         value
-        for line in (folder / 'run/metrics.jsonl').read_text().splitlines()
+        for line in metrics.read_text().splitlines()
         for name, value in json.loads(line).items()
         if name == 'loss'
     ]

@@ -32,8 +32,8 @@ print(after - before, size / 1e6)
 """
 
 
-def write_checkpoint(folder, container, num_layers):
-    """An original DiT, 384 wide, of zeros: 11 MB a layer."""
+def write_checkpoint(folder, container, num_layers, **beside):
+    """An original DiT, 384 wide, all weights alike: 11 MB a layer; `beside`: of a file of torch."""
     network = DiT(num_layers=num_layers, num_heads=6, head_dim=64, num_classes=10, sample_size=32)
     wanted = expected_tensors(dit_weights._dit_shapes(network), dit_weights.original_dit_source)
     # Written bytes, not zeros that a file system need not store.
@@ -45,7 +45,16 @@ def write_checkpoint(folder, container, num_layers):
         save_file(tensors, file)
         return file
     pytest.importorskip('torch', reason='writes the file that is read without it')
-    return tiny.save_torch(file, tensors)
+    return tiny.save_torch(file, {'state_dict': tensors, **beside} if beside else tensors)
+
+
+def grown_and_size_mb(file, dtype):
+    """By how much a process grows that loads the teacher in `file`, and how large that is."""
+    done = subprocess.run(
+        [sys.executable, '-c', SCRIPT, str(file), dtype], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return map(float, done.stdout.split())
 
 
 @pytest.mark.parametrize(
@@ -58,10 +67,17 @@ def write_checkpoint(folder, container, num_layers):
 )
 def test_loading_takes_little_more_memory_than_the_teacher(tmp_path, container, dtype, num_layers):
     file = write_checkpoint(tmp_path, container, num_layers)
-    done = subprocess.run(
-        [sys.executable, '-c', SCRIPT, str(file), dtype], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    grown_mb, size_mb = map(float, done.stdout.split())
+    grown_mb, size_mb = grown_and_size_mb(file, dtype)
     assert size_mb > (200 if dtype == 'float32' else 100)
     assert grown_mb < SHARE * size_mb + CONSTANT_MB, f'{grown_mb:.0f} MB for {size_mb:.0f} MB'
+
+
+def test_what_training_saved_beside_the_weights_is_not_read(tmp_path):
+    moments = {i: {'exp_avg': np.full((2500, 2500), 0.01, np.float32)} for i in range(16)}
+    file = write_checkpoint(
+        tmp_path, 'ckpt', num_layers=1, optimizer_states=[{'state': moments, 'param_groups': []}]
+    )
+    grown_mb, size_mb = grown_and_size_mb(file, 'float32')
+    limit_mb = SHARE * size_mb + CONSTANT_MB
+    assert file.stat().st_size / 1e6 > 3 * limit_mb
+    assert grown_mb < limit_mb, f'{grown_mb:.0f} MB for {size_mb:.0f} MB'

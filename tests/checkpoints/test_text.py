@@ -140,6 +140,17 @@ def test_a_folder_with_prompts_goes_all_the_way(tmp_path, make):
     assert (images[0][0] != images[0][1]).any()
 
 
+@pytest.mark.parametrize('make', [sdxl_folder, pixart_folder])
+def test_a_folder_with_prompts_may_be_kept_in_bfloat16(tmp_path, make):
+    make(tmp_path)
+    kept = load_teacher(tmp_path, prompts=PROMPTS, dtype='bfloat16')
+    whole = load_teacher(tmp_path, prompts=PROMPTS)
+    said, wanted = last_latents(kept), last_latents(whole)
+    assert np.isfinite(said).all()
+    # bfloat16 keeps 8 bits of a weight; errors of many weights add up as the root of their number.
+    assert np.linalg.norm(said - wanted) < 0.05 * np.linalg.norm(wanted)
+
+
 def original_pixart(params, *, scale, length):
     """A state dict of PixArt's own code, its positions and null caption among it."""
     positions = position_features((2, 2), 24, base_size=2, scale=scale)

@@ -234,6 +234,27 @@ def test_the_state_is_a_tree_of_floats_and_keeps_its_structure(trained):
     assert jax.tree.structure(trained.state) == jax.tree.structure(trained.start)
 
 
+@pytest.mark.parametrize('config', CONFIGS, ids=IDS)
+def test_of_a_teacher_kept_in_bfloat16_everything_is_learnt_and_bound_in_float32(
+    config, teacher, plan, stats, images
+):
+    method = methods.make(config, plan, INFO.schedule.num_train_timesteps)
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), teacher.params)
+    start = jax.eval_shape(method.init, params, stats, jax.random.key(0))
+    loss = finetune.make_loss(
+        teacher, method, plan, TIMESTEPS, 'nearest', FinetuneConfig(sampler=SamplerConfig())
+    )
+    (value, _), gradients = jax.eval_shape(
+        jax.value_and_grad(loss, has_aux=True), start, params, images, jnp.int32(50), None,
+        jnp.ones(()),
+    )  # fmt: skip
+    bound = jax.eval_shape(method.bind, params, start)
+    beside = bound.tables, bound.params, bound.channels
+    scales = [(weight.scale, weight.zero_point) for weight in bound.weights.values()]
+    for leaf in jax.tree.leaves((start, value, gradients, scales, beside)):
+        assert leaf.dtype == jnp.float32
+
+
 def test_one_program_serves_all_timesteps_and_steps(trained):
     assert trained.num_programs == 1
 

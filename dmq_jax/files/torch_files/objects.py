@@ -233,6 +233,11 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return text.encode('latin1')
 
 
+def _empty_bytes() -> bytes:
+    """How Python 3 writes bytes of length 0 there."""
+    return b''
+
+
 def _bytearray(data: Any = b'', encoding: Any = 'latin-1') -> bytearray:
     if isinstance(data, str) and encoding == 'latin-1':
         data = data.encode('latin-1')
@@ -337,6 +342,7 @@ GLOBALS: Mapping[str, Any] = {
             'dict': Function(_ordered_dict),
             'complex': Function(_complex),
             'bytearray': Function(_bytearray),
+            'bytes': Function(_empty_bytes),
             'int': Inert('int'),
             'float': Inert('float'),
         }.items()
