@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -90,11 +91,11 @@ def pretend(tmp_path, plan):
         ('exit:0,exit:0,exit:0,exit:0', 0, None),
         ('exit:75,exit:75,sleep:0.5,exit:75', 75, None),
         ('exit:2,exit:2', 2, None),
-        ('exit:1,sleep:60,sleep:60', 1, 0),
-        # Several that a signal ends while the script looks elsewhere.
-        ('kill:9,sleep:60,sleep:60,kill:9', 137, 0),
+        ('exit:1,sleep:60,sleep:60', 1, '0'),
+        # Several that a signal ends while the script looks elsewhere, in either order.
+        ('kill:9,sleep:60,sleep:60,kill:9', 137, '[03]'),
         # The status of the one that is gone counts, not of those that lost it.
-        ('exit:69,kill:9,exit:69,sleep:60', 137, 1),
+        ('exit:69,kill:9,exit:69,sleep:60', 137, '1'),
         ('exit:69,sleep:0.5,exit:0', 69, None),
     ],
 )
@@ -108,7 +109,8 @@ def test_the_first_process_that_fails_gives_its_status_and_ends_the_others(
         assert 'stopping the others' not in errors
     else:
         count = plan.count(',') + 1
-        assert f'process {blamed} of {count} ended with status {status}; stopping' in errors
+        told = f'process {blamed} of {count} ended with status {status}; stopping'
+        assert re.search(told, errors), errors
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
