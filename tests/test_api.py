@@ -111,7 +111,13 @@ def quantize_briefly(teacher, name, method_options, workdir, num_iterations=4):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize('case', CASES)
+# Of each stage one, and what only calibrates; tests/methods/test_all.py holds every export.
+OF_EACH_STAGE = ('qdiffusion', 'efficientdm', 'tuneqdm', 'svdquant')
+
+
+@pytest.mark.parametrize(
+    'case', [pytest.param(c, marks=() if c in OF_EACH_STAGE else pytest.mark.slow) for c in CASES]
+)
 def test_every_method_learns_by_its_own_stage_and_exports_its_integers(
     case, small, calibrated, tmp_path, monkeypatch
 ):

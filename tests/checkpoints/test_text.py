@@ -140,7 +140,7 @@ def test_a_folder_with_prompts_goes_all_the_way(tmp_path, make):
     assert (images[0][0] != images[0][1]).any()
 
 
-@pytest.mark.parametrize('make', [sdxl_folder, pixart_folder])
+@pytest.mark.parametrize('make', [pixart_folder, pytest.param(sdxl_folder, marks=pytest.mark.slow)])
 def test_a_folder_with_prompts_may_be_kept_in_bfloat16(tmp_path, make):
     make(tmp_path)
     kept = load_teacher(tmp_path, prompts=PROMPTS, dtype='bfloat16')
