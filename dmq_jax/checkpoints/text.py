@@ -6,6 +6,7 @@ guidance: the negative prompt, or the empty text.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -258,6 +259,13 @@ def _open_clip_encoder(tensors: Tensors, prefix: str, tokenizer: Tokenizer) -> E
 def _run(encoder: Encoder, texts: Sequence[str], length: int) -> tuple[list[Any], np.ndarray]:
     """What the network says of each text, as NumPy arrays, and the masks of their tokens."""
     tokens = encoder.tokenizer(texts, length)
+    for text, is_cut in zip(texts, tokens.is_cut, strict=True):
+        if is_cut:
+            warnings.warn(
+                f'prompt {text!r:.60}...: longer than the {length} tokens that the text encoder '
+                f'reads; its end is cut off. Say it in fewer words.',
+                stacklevel=2,
+            )
     params, network = encoder.read(), encoder.network
 
     @jax.jit

@@ -29,10 +29,12 @@ class Tokens(NamedTuple):
     Attributes:
       ids: rows of the encoder's table, int32 [N, L], the marks of start and end included.
       mask: 1 where there is a token, 0 where there is padding, int32 [N, L].
+      is_cut: whether a text had more tokens, which are gone, bool [N].
     """
 
     ids: np.ndarray
     mask: np.ndarray
+    is_cut: np.ndarray
 
 
 class Tokenizer:
@@ -176,7 +178,8 @@ def _with_padding(tokenizer: Any, path: Path, pad_token: str | None) -> Tokenize
         rows = tokenizer.encode_batch(list(texts))
         ids = np.array([row.ids for row in rows], np.int32)
         mask = np.array([row.attention_mask for row in rows], np.int32)
-        return Tokens(ids.reshape(-1, length), mask.reshape(-1, length))
+        is_cut = np.array([bool(row.overflowing) for row in rows], bool)
+        return Tokens(ids.reshape(-1, length), mask.reshape(-1, length), is_cut)
 
     return Tokenizer(path, encode)
 
@@ -195,10 +198,13 @@ def _from_sentencepiece(path: Path) -> Tokenizer:
     def encode(texts: Sequence[str], length: int) -> Tokens:
         ids = np.full((len(texts), length), pad_id, np.int32)
         mask = np.zeros_like(ids)
+        is_cut = np.zeros(len(texts), bool)
         for i, text in enumerate(texts):
-            row = [*processor.EncodeAsIds(text)[: length - 1], end_id]
+            found = processor.EncodeAsIds(text)
+            row = [*found[: length - 1], end_id]
             ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
-        return Tokens(ids, mask)
+            is_cut[i] = len(found) > length - 1
+        return Tokens(ids, mask, is_cut)
 
     return Tokenizer(path, encode)

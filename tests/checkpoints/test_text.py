@@ -132,6 +132,12 @@ def test_a_folder_of_sdxl_joins_two_encoders_and_may_have_a_null_of_zeros(tmp_pa
     assert negative.params['conditions']['context'][2].any()
 
 
+def test_a_prompt_that_is_too_long_is_named(tmp_path):
+    pixart_folder(tmp_path)
+    with pytest.warns(UserWarning, match=r"'a cat a cat.*longer than the \d+ tokens"):
+        load_teacher(tmp_path, prompts=['a cat ' * 200, 'a'])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('make', [sdxl_folder, pixart_folder])
 def test_a_folder_with_prompts_goes_all_the_way(tmp_path, make):

@@ -60,6 +60,7 @@ def test_a_long_text_is_cut_and_keeps_its_end(clip):
         ids(START, 'a</w>', 'a</w>', END),
         ids(START, 'cat</w>', END, END),
     ]
+    assert out.is_cut.tolist() == [True, False]
 
 
 def test_no_texts_are_no_tokens(clip):
@@ -100,6 +101,7 @@ def test_sentencepiece_models_end_and_pad_as_t5_does(tmp_path):
     assert out.mask.sum(1).tolist() == [len(first), 12, 1]
     assert out.ids[1, -1] == 1 and 1 not in out.ids[1, :-1]
     assert out.ids[2].tolist() == [1] + [0] * 11
+    assert out.is_cut.tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize('present', [[], ['vocab.json'], ['merges.txt']])
