@@ -2,7 +2,7 @@
 
     python -m dmq_jax.main --config=configs/fashion_mnist_w4a4.py --workdir=runs/fashion_mnist_w4a4
 
-About 50 minutes on two cores. `paper` leaves first and last layers at 8 bits and shortcuts,
+About an hour on two cores. `paper` leaves first and last layers at 8 bits and shortcuts,
 strided convolutions and attention products in float; `full` exempts nothing;
 `best` adds a thin branch in 16 bits to it.
 """
@@ -22,6 +22,6 @@ def get_config():
         'rtn_full_static': student(quant=full | {'per_timestep': False}),
         'rtn_full': student(quant=full),
         'efficientdm_full': student('efficientdm', quant=full, finetune=long),
-        'best_full': student('best', quant=full, finetune={'num_iterations': 1200}),
+        'best_full': student('best', quant=full, finetune=long),
     }
     return with_sampler(config, eta=1.0)
