@@ -3,31 +3,20 @@
 MODULE=tests.launch.loaded bash launch/local.sh N --out=FILE --path=TEACHER
 """
 
-import argparse
 import json
-import os
 from pathlib import Path
 
 import jax
 
-from dmq_jax.network_bench import peak_rss_mb
-from dmq_jax.runtime import hosts, mesh
+from dmq_jax.runtime import mesh
+from dmq_jax.runtime.memory import peak_rss_mb
 from dmq_jax.teachers import load_teacher
+from tests.launch.joining import parse_and_join
 
 
 def main():
     """Writes FILE.0.json, FILE.1.json, ... one of each process."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--out', required=True)
-    parser.add_argument('--path', required=True)
-    parser.add_argument('--coordinator')
-    parser.add_argument('--num_processes', type=int)
-    parser.add_argument('--process_id', type=int)
-    given = parser.parse_args()
-    hosts.join(hosts.find_cluster(
-        os.environ, coordinator=given.coordinator, num_processes=given.num_processes,
-        process_id=given.process_id,
-    ))  # fmt: skip
+    given = parse_and_join('--out', '--path')
     spread = mesh.make_mesh(1, 1, -1)
     jax.block_until_ready(jax.numpy.zeros(1))
     before = peak_rss_mb()

@@ -3,15 +3,13 @@
 MODULE=tests.launch.measured bash launch/local.sh N --out=FILE.npz
 """
 
-import argparse
-import os
-
 import jax
 import numpy as np
 
 from dmq_jax import calibrate, denoisers, finetune, sampling
-from dmq_jax.runtime import hosts, mesh
+from dmq_jax.runtime import mesh
 from tests import test_finetune, tiny
+from tests.launch.joining import parse_and_join
 
 NUM_IMAGES = 16
 
@@ -57,16 +55,7 @@ def measure(device_mesh):
 
 def main():
     """Writes FILE.0.npz, FILE.1.npz, ... one of each process."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument('--out', required=True)
-    parser.add_argument('--coordinator')
-    parser.add_argument('--num_processes', type=int)
-    parser.add_argument('--process_id', type=int)
-    given = parser.parse_args()
-    hosts.join(hosts.find_cluster(
-        os.environ, coordinator=given.coordinator, num_processes=given.num_processes,
-        process_id=given.process_id,
-    ))  # fmt: skip
+    given = parse_and_join('--out')
     np.savez(f'{given.out}.{jax.process_index()}.npz', **measure(mesh.make_mesh()))
 
 
