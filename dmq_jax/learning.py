@@ -177,16 +177,21 @@ def learn(context: Run, name: str) -> Learnt:
     state = jax.jit(method.init)(*inputs)
     took = []
     folder, options = student_folder(context, name), student_options(context, student)
-    shared = context.plans[name], stats.timesteps, student.quant.timestep_lookup
 
-    def learnt(stage: str, run: Callable[[], Any]) -> dict[str, Any]:
-        """The state after a stage that is resumed where it was."""
+    def learnt(stage: str, run: Callable[..., Any], number: int) -> dict[str, Any]:
+        """The state after a stage that is resumed where it was; `number` is that of its key."""
 
         def make() -> Any:
             # Checkpoints outlive the artefact they lead to, and so need a mark of their own.
             artefacts.claim(folder / stage, options)
             with memory.watched() as peak:
-                result = run()
+                given = adapt_images(context, student.adapt) if stage == 'adapt' else {}
+                result = run(
+                    context.teacher, method, state, context.plans[name], stats.timesteps,
+                    student.quant.timestep_lookup, getattr(student, stage), **given,
+                    key=jax.random.fold_in(key, number), workdir=folder / stage,
+                    device_mesh=context.device_mesh, description=f'{stage} {name}',
+                )  # fmt: skip
             return result._replace(memory_mb=peak.mb)
 
         result = artefacts.artefact(
@@ -202,24 +207,11 @@ def learn(context: Run, name: str) -> Learnt:
         return result.state
 
     if student.reconstruct.num_iterations:
-        state = learnt('reconstruct', lambda: reconstruct.run(
-            context.teacher, method, state, *shared, student.reconstruct,
-            key=jax.random.fold_in(key, 2), workdir=folder / 'reconstruct',
-            device_mesh=context.device_mesh, description=f'reconstruct {name}',
-        ))  # fmt: skip
+        state = learnt('reconstruct', reconstruct.run, 2)
     if student.finetune.num_iterations:
-        state = learnt('finetune', lambda: finetune.run(
-            context.teacher, method, state, *shared, student.finetune,
-            key=jax.random.fold_in(key, 1), workdir=folder / 'finetune',
-            device_mesh=context.device_mesh, description=f'finetune {name}',
-        ))  # fmt: skip
+        state = learnt('finetune', finetune.run, 1)
     if student.adapt.num_iterations:
-        state = learnt('adapt', lambda: adapt.run(
-            context.teacher, method, state, *shared, student.adapt,
-            **adapt_images(context, student.adapt),
-            key=jax.random.fold_in(key, 3), workdir=folder / 'adapt',
-            device_mesh=context.device_mesh, description=f'adapt {name}',
-        ))  # fmt: skip
+        state = learnt('adapt', adapt.run, 3)
     optimizers = [phase.optimizer for phase in method.phases if student.reconstruct.num_iterations]
     if student.finetune.num_iterations or student.adapt.num_iterations:
         optimizers.append(method.optimizer)
