@@ -73,13 +73,12 @@ while [ ${#pids[@]} -gt 0 ]; do
             ended=$i
         fi
     done
-    if [ ${#pids[@]} -gt 0 ]; then
-        if [[ ! $status =~ ^(0|2|69|75)$ ]] && [ -z "${told:-}" ]; then
-            told=1
-            echo "Error: process $ended of $count ended with status $status; stopping the others" >&2
-            stop KILL
-        fi
-        read -rt 0.1 <&"$silence" || true
+    # Told also where the others have noticed and ended themselves before this look.
+    if [[ $count -gt 1 && ! $status =~ ^(0|2|69|75)$ && -z ${told:-} ]]; then
+        told=1
+        echo "Error: process $ended of $count ended with status $status: the others are stopped" >&2
+        stop KILL
     fi
+    [ ${#pids[@]} -eq 0 ] || read -rt 0.1 <&"$silence" || true
 done
 exit "$status"

@@ -96,6 +96,8 @@ def pretend(tmp_path, plan):
         ('kill:9,sleep:60,sleep:60,kill:9', 137, '[03]'),
         # The status of the one that is gone counts, not of those that lost it.
         ('exit:69,kill:9,exit:69,sleep:60', 137, '1'),
+        # All of them gone by one look: it is told still.
+        ('exit:69,kill:9', 137, '1'),
         ('exit:69,sleep:0.5,exit:0', 69, None),
     ],
 )
@@ -106,10 +108,10 @@ def test_the_first_process_that_fails_gives_its_status_and_ends_the_others(
     _, errors = process.communicate(timeout=40)
     assert process.returncode == status, errors
     if blamed is None:
-        assert 'stopping the others' not in errors
+        assert 'the others are stopped' not in errors
     else:
         count = plan.count(',') + 1
-        told = f'process {blamed} of {count} ended with status {status}; stopping'
+        told = f'process {blamed} of {count} ended with status {status}: the others'
         assert re.search(told, errors), errors
 
 
@@ -407,7 +409,7 @@ def test_a_run_whose_processes_are_killed_at_random_moments_ends_with_the_same_m
         _, errors = process.communicate(timeout=STOPPED_WITHIN_S)
         rounds.append(time.monotonic() - began)
         assert process.returncode == 128 + signal.SIGKILL, errors
-        assert 'ended with status 137; stopping the others' in errors
+        assert 'ended with status 137: the others are stopped' in errors
     print(f'killed {len(rounds)} times; the others were gone after {rounds} s')
     assert len(rounds) >= 2, rounds
     process.communicate()
@@ -438,5 +440,5 @@ def test_a_process_that_is_killed_does_not_leave_the_other_behind(config_file, t
     os.kill(children[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL
-    assert 'process 1 of 2 ended with status 137; stopping the others' in errors
+    assert 'process 1 of 2 ended with status 137: the others are stopped' in errors
     assert not any(Path(f'/proc/{child}').exists() for child in children)
