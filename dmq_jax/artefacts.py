@@ -149,6 +149,33 @@ def _lock(folder: Path) -> IO[str]:
     return file
 
 
+@contextlib.contextmanager
+def turn(file: Path) -> Iterator[None]:
+    """Within it no other run is at the same `file`; waits until that is so.
+
+    Of a run of several processes all call this, and the first one waits for all. Where the disk has
+    no locks nothing waits.
+
+    Args:
+      file: made if absent; it stays empty.
+    """
+    held: list[IO[str]] = []
+    hosts.by_first(lambda: held.append(_wait(file)))
+    try:
+        yield
+    finally:
+        for lock in held:
+            lock.close()
+
+
+def _wait(file: Path) -> IO[str]:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = open(file, 'a')  # noqa: SIM115
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
 def is_complete(path: Path) -> bool:
     """Whether the artefact is there, whole."""
     return (path / _MARK).is_file()

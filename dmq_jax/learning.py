@@ -128,6 +128,14 @@ def calibration(context: Run) -> calibrate.Calibration:
     )  # fmt: skip
 
 
+def prepare(context: Run) -> None:
+    """Makes what students share and is not there: the calibration, images they learn from."""
+    calibration(context)
+    for student in context.config.students.values():
+        if student.adapt.num_iterations and student.adapt.images == adapt.TEACHER:
+            drawn_images(context, student.adapt.num_images)
+
+
 def student_folder(context: Run, name: str) -> Path:
     """Where everything of one student lies."""
     return context.workdir / 'students' / name

@@ -57,7 +57,8 @@ ALLOWED = {
     'scaling': {'costs', 'teachers'} | LIBRARIES,
     'inspect': {'costs', 'denoisers', 'exporting', 'networks', 'reporting', 'teachers'} | LIBRARIES,
     'main': {'pipeline', 'command_line', 'runtime'},
-    'compare': {'artefacts', 'command_line', 'evaluate', 'pipeline', 'reporting', 'runtime'},
+    'compare': {'artefacts', 'command_line', 'evaluate', 'learning', 'pipeline', 'reporting'}
+    | {'runtime'},
     # Commands of their own, beside the pipeline.
     'train_teacher': {'artefacts', 'command_line', 'denoisers', 'sampling', 'teachers'}
     | {'train_classifier'}
@@ -73,7 +74,7 @@ ALLOWED = {
     'network_bench': {'checkpoints'} | LIBRARIES,
 }
 
-COMMANDS = ('command_line.py', 'main.py', 'train_teacher.py', 'bench.py')
+COMMANDS = ('command_line.py', 'main.py', 'train_teacher.py', 'bench.py', 'compare.py')
 
 # A name (or anything below it) and the only files, relative to the root, that may use it.
 ONLY_IN = {

@@ -3,6 +3,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -168,3 +169,21 @@ def test_a_folder_is_free_again_after_an_error(tmp_path):
         raise RuntimeError
     with artefacts.sole_user(tmp_path):
         pass
+
+
+def test_a_turn_waits_for_the_one_before(tmp_path):
+    began, order = threading.Event(), []
+
+    def second():
+        began.set()
+        with artefacts.turn(tmp_path / 'a' / '.lock'):
+            order.append('second')
+
+    with artefacts.turn(tmp_path / 'a' / '.lock'):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        began.wait()
+        waiting.join(timeout=0.2)
+        order.append('first')
+    waiting.join(timeout=30)
+    assert order == ['first', 'second']

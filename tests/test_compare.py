@@ -2,6 +2,11 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -23,6 +28,7 @@ from dmq_jax.config import (
     TuneQDMConfig,
 )
 from dmq_jax.models.ddpm_unet import DDPMUNet
+from tests import test_pipeline as story
 from tests import tiny
 
 
@@ -172,3 +178,88 @@ def test_cells_made_before_a_stop_are_kept(workdir, config, tmp_path, monkeypatc
 def test_a_comparison_of_nothing_is_refused(config, tmp_path):
     with pytest.raises(ValueError, match='at least one student'):
         compare.run(dataclasses.replace(config, students={}), tmp_path)
+
+
+@pytest.mark.parametrize('names', [['rtn_w8a9'], ['teacher', 'rtn']])
+def test_a_cell_that_is_none_is_refused(config, tmp_path, names):
+    with pytest.raises(ValueError, match='--cells has no .* expected some of teacher, rtn_w8a8'):
+        compare.run(config, tmp_path, names)
+
+
+def test_cells_made_one_by_one_are_those_made_together(config, workdir, tmp_path):
+    # The last first: the table keeps its order.
+    for name in ('rtn_w3a3', 'rtn_w8a8', 'teacher'):
+        compare.run(config, tmp_path, [name])
+    rows, whole = (
+        json.loads((folder / 'table.json').read_text())['rows'] for folder in (tmp_path, workdir)
+    )
+    assert [row['name'] for row in rows] == ['teacher', 'rtn_w8a8', 'rtn_w3a3']
+    assert [row['fd'] for row in rows] == [row['fd'] for row in whole[:3]]
+
+
+def test_a_cell_that_another_process_makes_is_refused(config, tmp_path):
+    with (
+        compare.artefacts.sole_user(tmp_path / 'cells' / 'rtn_w8a8.lock'),
+        pytest.raises(ValueError, match='in use by process'),
+    ):
+        compare.run(config, tmp_path, ['rtn_w8a8'])
+
+
+def command(*arguments):
+    return subprocess.Popen(
+        [sys.executable, '-m', 'dmq_jax.compare', *map(str, arguments)], cwd=story.ROOT,
+        env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason='two workers need two cores')
+def test_workers_make_the_same_table_and_go_on_where_they_were_stopped(tmp_path):
+    file, workdir = story.make_files(tmp_path), tmp_path / 'spread'
+    arguments = f'--config={file}', f'--workdir={workdir}', '--workers=2'
+    process, began = command(*arguments), time.monotonic()
+    while not (workdir / 'cells' / 'edm.log').is_file():
+        assert process.poll() is None and time.monotonic() - began < 200, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == compare.hosts.REQUEUE, errors
+    assert errors.count('asked to stop') == 1
+    process = command(*arguments)
+    said, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, (said, errors)
+    assert 'table.md' in said
+    rows = json.loads((workdir / 'table.json').read_text())['rows']
+    assert [row['name'] for row in rows] == ['teacher', 'edm', 'rtn']
+    alone = tmp_path / 'alone'
+    compare.run(story.read_config(file), alone)
+    for one, other in zip(
+        rows, json.loads((alone / 'table.json').read_text())['rows'], strict=True
+    ):
+        # A different number of threads adds floats in another order.
+        assert one['fd'] == pytest.approx(other['fd'], rel=0.02)
+
+
+def test_a_cell_that_fails_is_named_and_the_others_are_there(tmp_path):
+    file, workdir = story.make_files(tmp_path), tmp_path / 'spread'
+    config = story.read_config(file)
+    code = """
+import sys
+from dmq_jax import compare
+if '--cells=edm' in sys.argv:
+    raise ValueError('of edm')
+compare.main()
+"""
+    arguments = f'--config={file}', f'--workdir={workdir}'
+    with pytest.raises(ValueError, match='tries again: edm.\n  edm: ValueError: of edm'):
+        compare.spread(config, workdir, 1, [sys.executable, '-c', code, *arguments])
+    rows = json.loads((workdir / 'table.json').read_text())['rows']
+    assert [row['name'] for row in rows] == ['teacher', 'rtn']
+
+
+def test_workers_beside_cells_are_refused(tmp_path):
+    file = story.make_files(tmp_path)
+    process = command(f'--config={file}', f'--workdir={tmp_path}', '--workers=2', '--cells=rtn')
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 2 and '--workers=2 beside --cells: use one of them' in errors
