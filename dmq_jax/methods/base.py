@@ -35,6 +35,9 @@ from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import LayerSpec, Plan
 from dmq_jax.quant.tensor import QuantSpec, expand, pack
 
+A = TypeVar('A')
+K = TypeVar('K')
+Options = TypeVar('Options')
 T = TypeVar('T')
 State = dict[str, Any]
 Stats = Mapping[str, Mapping[str, TensorStats]]
@@ -290,7 +293,7 @@ def init_inputs(plan: Plan, stats: Stats) -> Tables:
     Raises:
       ValueError: statistics of a layer are missing.
     """
-    tables: Tables = {}
+    found, specs = {}, {}
     for path, spec in plan.items():
         if spec.inputs is None:
             continue
@@ -299,33 +302,55 @@ def init_inputs(plan: Plan, stats: Stats) -> Tables:
                 f'no statistics for layer {path!r}: calibrated with another plan? Delete the '
                 f'calibration folder of the workdir and run again.'
             )
-        tables[path] = {}
         for role, tensor in stats[path].items():
-            tensor = tensor if spec.per_timestep else observers.pool(tensor)
-            scale, zero_point = observers.calibrate(tensor, spec.activation(role))
-            tables[path][role] = {'scale': scale, 'zero_point': zero_point}
+            found[path, role] = tensor if spec.per_timestep else observers.pool(tensor)
+            specs[path, role] = spec.activation(role)
+    tables: Tables = {}
+    for (path, role), table in calibrated_tables(found, specs).items():
+        tables.setdefault(path, {})[role] = table
     return tables
 
 
-def map_kernels(
-    function: Callable[[Array, QuantSpec], T], plan: Plan, kernels: Mapping[str, Array]
-) -> dict[str, T]:
-    """`function` of each kernel and the spec of its weight.
+def calibrated_tables(
+    stats: Mapping[K, observers.TensorStats], specs: Mapping[K, QuantSpec]
+) -> dict[K, dict[str, Array]]:
+    """Scale and zero point of tensors by what was seen of them, under the same keys."""
 
-    Kernels of one shape and spec pass through one loop, so that a program has one copy of
-    `function` for them: a network has ten times as many layers as shapes, and compiling a search
-    or a decomposition takes seconds.
+    def calibrate(tensor: observers.TensorStats, spec: QuantSpec) -> dict[str, Array]:
+        scale, zero_point = observers.calibrate(tensor, spec)
+        return {'scale': scale, 'zero_point': zero_point}
+
+    # No observer looks at single channels, which layers have in different numbers.
+    blind = {'channel_low': None, 'channel_high': None, 'channels': None}
+    return map_alike(calibrate, {key: s._replace(**blind) for key, s in stats.items()}, specs)
+
+
+def map_alike(
+    function: Callable[[A, Options], T], arguments: Mapping[K, A], options: Mapping[K, Options]
+) -> dict[K, T]:
+    """`function` of each argument and its options.
+
+    Arguments of one shape and with the same options pass through one loop, so that a program has
+    one copy of `function` for them: a network has ten times as many layers as shapes, and compiling
+    a search, a decomposition or a random generator takes seconds.
+
+    Args:
+      function: of arrays, and the options for which it is traced.
+      arguments: trees of arrays.
+      options: of the same keys, hashable.
     """
-    groups: dict[Any, list[str]] = {}
-    for path, kernel in kernels.items():
-        groups.setdefault((kernel.shape, kernel.dtype, plan[path].weight), []).append(path)
+    groups: dict[Any, list[K]] = {}
+    for key, argument in arguments.items():
+        leaves, structure = jax.tree.flatten(argument)
+        shapes = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+        groups.setdefault((structure, shapes, options[key]), []).append(key)
     found = {}
-    for (_, _, spec), paths in groups.items():
-        stacked = jnp.stack([kernels[path] for path in paths])
-        results = jax.lax.map(lambda kernel, spec=spec: function(kernel, spec), stacked)
-        for index, path in enumerate(paths):
-            found[path] = jax.tree.map(lambda leaf, index=index: leaf[index], results)
-    return {path: found[path] for path in kernels}
+    for (_, _, same), keys in groups.items():
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(arguments[k] for k in keys))
+        results = jax.lax.map(lambda argument, same=same: function(argument, same), stacked)
+        for index, key in enumerate(keys):
+            found[key] = jax.tree.map(lambda leaf, index=index: leaf[index], results)
+    return {key: found[key] for key in arguments}
 
 
 def init_weights(plan: Plan, params: PyTree) -> dict[str, dict[str, Array]]:
@@ -343,7 +368,7 @@ def calibrate_kernels(plan: Plan, kernels: Mapping[str, Array]) -> dict[str, dic
         scale, zero_point = observers.calibrate_weight(kernel, spec)
         return {'scale': scale, 'zero_point': zero_point}
 
-    return map_kernels(calibrate, plan, kernels)
+    return map_alike(calibrate, kernels, {path: plan[path].weight for path in kernels})
 
 
 def quantize_weight(

@@ -60,13 +60,10 @@ def make(config: EfficientDMConfig, plan: Plan, num_train_timesteps: int) -> bas
             )
         weights = base.init_weights(plan, low_rank.subtract(params, branches))
         inputs = base.init_inputs(plan, stats)
-        updates = {
-            path: low_rank.init(
-                base.get_kernel(params, path).shape, config.lora_rank, jax.random.fold_in(key, i)
-            )
-            for i, path in enumerate(sorted(weights))
-            if path in trainable
+        learnt = {
+            path: base.get_kernel(params, path) for path in sorted(weights) if path in trainable
         }
+        updates = low_rank.init(learnt, config.lora_rank, key)
         return {
             'lora': updates,
             # Scales are learnt as multiples of their calibrated value, zero points as offsets.

@@ -14,19 +14,35 @@ from jaxtyping import Array, Float, Key, PyTree
 from dmq_jax.methods import base
 
 
-def init(shape: tuple[int, ...], rank: int, key: Key[Array, '']) -> dict[str, Float[Array, '...']]:
-    """An update that starts at zero: `down` uniform in ±1/sqrt(fan in), `up` zero.
+def init(
+    kernels: Mapping[str, Float[Array, '...']], rank: int, key: Key[Array, '']
+) -> dict[str, dict[str, Float[Array, '...']]]:
+    """Updates that start at zero: `down` uniform in ±1/sqrt(fan in), `up` zero.
 
     Args:
-      shape: of the kernel, [K, N] or [kh, kw, C, O].
-      rank: R; more than the smaller side of the kernel is cut to it.
-      key: for `down`.
+      kernels: by name, [K, N] or [kh, kw, C, O].
+      rank: R; more than the smaller side of a kernel is cut to it.
+      key: for `down`; each kernel's numbers depend on its place among the others.
     """
-    fan_in = math.prod(shape[:-1])
-    rank = min(rank, fan_in, shape[-1])
-    bound = 1 / math.sqrt(fan_in)
-    down = jax.random.uniform(key, (*shape[:-1], rank), minval=-bound, maxval=bound)
-    return {'down': down, 'up': jnp.zeros((rank, shape[-1]))}
+    shapes = {name: _down_shape(kernel.shape, rank) for name, kernel in kernels.items()}
+    # A generator is compiled for each size: few sizes, of which each kernel takes what it needs.
+    sizes = {name: 1 << (math.prod(shape) - 1).bit_length() for name, shape in shapes.items()}
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(kernels)))
+    drawn = base.map_alike(
+        lambda key, size: jax.random.uniform(key, (size,), minval=-1.0, maxval=1.0),
+        {name: keys[index] for index, name in enumerate(kernels)},
+        sizes,
+    )
+    updates = {}
+    for name, shape in shapes.items():
+        bound = 1 / math.sqrt(math.prod(shape[:-1]))
+        down = drawn[name][: math.prod(shape)].reshape(shape) * bound
+        updates[name] = {'down': down, 'up': jnp.zeros((shape[-1], kernels[name].shape[-1]))}
+    return updates
+
+
+def _down_shape(shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    return *shape[:-1], min(rank, math.prod(shape[:-1]), shape[-1])
 
 
 def delta(update: Mapping[str, Float[Array, '...']]) -> Float[Array, '...']:

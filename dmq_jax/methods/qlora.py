@@ -24,14 +24,9 @@ def make(config: QLoRAConfig, plan: Plan, num_train_timesteps: int) -> base.Meth
 
     def init(params, stats, key):
         weights = base.init_weights(plan, params)
-        learnt = [path for path in sorted(weights) if plan[path].trainable]
+        learnt = {p: base.get_kernel(params, p) for p in sorted(weights) if plan[p].trainable}
         return {
-            'branch': {
-                path: low_rank.init(
-                    base.get_kernel(params, path).shape, config.rank, jax.random.fold_in(key, i)
-                )
-                for i, path in enumerate(learnt)
-            },
+            'branch': low_rank.init(learnt, config.rank, key),
             'calibrated': {'weight': weights, 'input': base.init_inputs(plan, stats)},
         }
 

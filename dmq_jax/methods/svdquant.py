@@ -74,8 +74,10 @@ def init_branches(
         for path, spec in sorted(plan.items())
         if spec.weight is not None and spec.trainable
     }
-    return base.map_kernels(
-        lambda kernel, spec: split(kernel, spec, rank, num_refits), plan, kernels
+    return base.map_alike(
+        lambda kernel, spec: split(kernel, spec, rank, num_refits),
+        kernels,
+        {path: plan[path].weight for path in kernels},
     )
 
 

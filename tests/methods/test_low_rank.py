@@ -10,15 +10,19 @@ TOLERANCE = 4 * float(np.finfo(np.float32).eps)
 SHAPES = {'dense': (6, 5), 'conv': (3, 2, 4, 5)}
 
 
+def start(shape, rank, seed=0):
+    return low_rank.init({'only': jnp.zeros(shape)}, rank, jax.random.key(seed))['only']
+
+
 def random_update(shape, rank):
-    update = low_rank.init(shape, rank, jax.random.key(0))
+    update = start(shape, rank)
     up = np.random.default_rng(0).standard_normal(update['up'].shape).astype(np.float32)
     return update | {'up': jnp.asarray(up)}
 
 
 @pytest.mark.parametrize('shape', SHAPES.values(), ids=SHAPES)
 def test_an_update_starts_at_zero_with_down_in_its_bounds(shape):
-    update = low_rank.init(shape, 3, jax.random.key(0))
+    update = start(shape, 3)
     np.testing.assert_array_equal(low_rank.delta(update), np.zeros(shape))
     bound = 1 / np.sqrt(np.prod(shape[:-1]))
     down = np.asarray(update['down'])
@@ -45,10 +49,18 @@ def test_an_update_as_a_matrix_has_the_rank_asked_for(shape):
 
 @pytest.mark.parametrize('shape, rank', [((6, 5), 5), ((3, 8), 3), ((3, 3, 1, 64), 9)])
 def test_a_rank_beyond_the_smaller_side_is_cut(shape, rank):
-    update = low_rank.init(shape, 32, jax.random.key(0))
+    update = start(shape, 32)
     assert update['up'].shape == (rank, shape[-1])
 
 
 def test_keys_make_different_updates():
-    first, second = (low_rank.init((6, 5), 3, jax.random.key(i))['down'] for i in range(2))
+    first, second = (start((6, 5), 3, seed)['down'] for seed in range(2))
     assert not np.array_equal(first, second)
+
+
+def test_kernels_have_numbers_of_their_own():
+    kernels = {'a': jnp.zeros((6, 5)), 'b': jnp.zeros((6, 5)), 'c': jnp.zeros((7, 5))}
+    updates = low_rank.init(kernels, 3, jax.random.key(0))
+    numbers = [update['down'].ravel() * np.sqrt(len(update['down'])) for update in updates.values()]
+    drawn = np.concatenate(numbers).round(5)
+    assert len(set(drawn.tolist())) == drawn.size == 18 + 18 + 21
