@@ -4,8 +4,10 @@ Inputs become int8 codes; weights of up to 4 bits stay packed in memory. Where a
 fit beside its code, it is carried along and taken out of the sums.
 """
 
+import functools
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -71,9 +73,15 @@ def integer_weight(tensor: QuantizedTensor, inputs: QuantSpec | None = None) -> 
         entry = int8_weight(codes, scale, zero_point, spec, tensor.shape)
     keeps_zero = inputs is not None and not inputs.symmetric and inputs.bits in (NIBBLE, 8)
     if keeps_zero and fits_epilogue(entry, LayerSpec(weight=spec, inputs=inputs)):
-        codes = int8_codes(entry, spec, tensor.shape[-2], tensor.shape[:-2])
-        entry['tap_sum'] = jnp.sum(codes, axis=-1, dtype=jnp.int32).reshape(codes.shape[0], -1)
+        entry['tap_sum'] = _tap_sum(entry, spec, tensor.shape[-2], tensor.shape[:-2])
     return entry
+
+
+# As one program a shape: operation by operation, those of a network take seconds to compile.
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _tap_sum(entry, spec, channels, kernel_size):
+    codes = int8_codes(entry, spec, channels, kernel_size)
+    return jnp.sum(codes, axis=-1, dtype=jnp.int32).reshape(codes.shape[0], -1)
 
 
 def int8_weight(
