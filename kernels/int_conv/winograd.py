@@ -109,17 +109,22 @@ def _group_size(num_images: int, image_bytes: int) -> int:
 def _transform_input(padded, rows, columns):
     """B^T d B for the 4x4 tiles d at every second pixel: [4, 4, B, rows, columns, C]."""
     B, _, _, C = padded.shape
+    if jax.device_count() == 1:  # several would gather images that they share
+        # Fixed in memory: what cuts the images out would otherwise run again for each of the terms.
+        padded = dot.row_major(padded)
     pixels = padded.reshape(B, rows + 1, 2, columns + 1, 2, C)
     # What int8 wraps around on the way cancels, since the result fits.
-    lines = _combine(
-        pixels[:, :-1, 0], pixels[:, :-1, 1], pixels[:, 1:, 0], pixels[:, 1:, 1]
-    )  # each [B, rows, columns + 1, 2, C]
+    lines = jnp.stack(
+        _combine(pixels[:, :-1, 0], pixels[:, :-1, 1], pixels[:, 1:, 0], pixels[:, 1:, 1])
+    )  # [4, B, rows, columns + 1, 2, C]
+    # A stack of one stack, not of four: nested ones compile to as many loops as there are terms.
     return jnp.stack(
-        [
-            jnp.stack(_combine(d[:, :, :-1, 0], d[:, :, :-1, 1], d[:, :, 1:, 0], d[:, :, 1:, 1]))
-            for d in lines
-        ]
-    )
+        _combine(
+            lines[:, :, :, :-1, 0], lines[:, :, :, :-1, 1],
+            lines[:, :, :, 1:, 0], lines[:, :, :, 1:, 1],
+        ),
+        axis=1,
+    )  # fmt: skip
 
 
 def _combine(d0, d1, d2, d3):
@@ -134,8 +139,9 @@ def _transform_weight(w):
         outer = g0 + g2
         return g0 + g0, outer + g1, outer - g1, g2 + g2
 
-    lines = spread(w[:, 0], w[:, 1], w[:, 2])
-    return jnp.stack([jnp.stack(spread(g[:, 0], g[:, 1], g[:, 2])) for g in lines])
+    w = dot.row_major(jnp.asarray(w))
+    lines = jnp.stack(spread(w[:, 0], w[:, 1], w[:, 2]))  # [4, O, 3, C]
+    return jnp.stack(spread(lines[:, :, 0], lines[:, :, 1], lines[:, :, 2]), axis=1)
 
 
 def _transform_output(m):
