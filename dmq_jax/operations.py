@@ -129,7 +129,8 @@ class _Walk:
             if operand.is_expensive and operand.readers > 1:
                 operand.keep()
             operand.read(self.now)
-        sources = tuple(operands)
+        # A slice at a place that is computed reads what it takes, not all of its operand.
+        sources = () if name == 'dynamic_slice' else tuple(operands)
         results = [_Value(size, sources, is_fused, self.now) for size in sizes]
         for result in results:
             result.is_expensive = is_fused and name in _EXPENSIVE
@@ -152,6 +153,8 @@ class _Walk:
             self.moved += rounds * each.bytes_moved
             self.products += rounds * each.products
             self.extra[self.now] = each.live
+        elif name == 'dynamic_slice':
+            self.moved += sum(sizes)
         elif name not in _FREE:
             reads = equation.invars if name.startswith(('reduce', 'arg')) else equation.outvars
             self.other_flops += sum(math.prod(v.aval.shape) for v in reads)

@@ -10,6 +10,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
@@ -97,12 +98,20 @@ def kernel_gradient(
     g = jnp.pad(g, ((0, 0), *widths, (0, 0)))
     # A barrier: fused into the dots, the transpose would run once for each.
     x = jax.lax.optimization_barrier(x.reshape(-1, channels).T)
-    taps = [
-        x @ g[:, i : i + height, j : j + width].reshape(-1, g.shape[-1])
-        for i in reversed(range(kh))
-        for j in reversed(range(kw))
-    ]
-    return jnp.stack(taps).reshape(kernel.shape)
+
+    def tap(offset: Array) -> Array:
+        shifted = jax.lax.dynamic_slice(
+            g, (0, offset[0], offset[1], 0), (g.shape[0], height, width, g.shape[-1])
+        )
+        return x @ shifted.reshape(-1, g.shape[-1])
+
+    offsets = np.indices((kh, kw), np.int32).reshape(2, -1).T[::-1]
+    if jax.device_count() > 1:  # which would sum each tap by itself, were it in a loop
+        taps = jnp.stack([tap(offset) for offset in offsets])
+    else:
+        # One shifted gradient in memory at a time, and one kernel to compile for all taps.
+        taps = jax.lax.map(tap, jnp.asarray(offsets))
+    return taps.reshape(kernel.shape)
 
 
 def _is_sum_of_dots(kernel_shape: tuple[int, ...], geometry: Geometry) -> bool:

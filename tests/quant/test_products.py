@@ -43,7 +43,11 @@ def relative_gap(tree, reference):
         ((1, 4, 4, 2), (3, 3, 2, 2), ((3, 3), (3, 3))),
     ],
 )
-def test_the_kernel_gradient_is_the_one_that_jax_derives(shape, kernel_shape, padding):
+@pytest.mark.parametrize('num_devices', [1, 8])
+def test_the_kernel_gradient_is_the_one_that_jax_derives(
+    shape, kernel_shape, padding, num_devices, monkeypatch
+):
+    monkeypatch.setattr(jax, 'device_count', lambda: num_devices)
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in (shape, kernel_shape))
     geometry = ((1, 1), padding)
