@@ -26,6 +26,7 @@ from jaxtyping import Array, Int, Key, PyTree
 from dmq_jax import denoisers
 from dmq_jax.blocks import Block, find_blocks, learns, merge, select, without_inputs
 from dmq_jax.config import ReconstructConfig
+from dmq_jax.examples import Recorder
 from dmq_jax.methods.base import (
     Bound,
     Method,
@@ -55,15 +56,6 @@ class Reconstructed(NamedTuple):
     memory_mb: float | None = None
 
 
-class _Examples(NamedTuple):
-    """Inputs and targets of one block: `args` and `kwargs` of its call, all batch first."""
-
-    args: tuple
-    kwargs: dict[str, Any]
-    target: PyTree
-    t: Int[Array, 'N']
-
-
 class Task(NamedTuple):
     """What all blocks share; the entries are those of `run`, and what is made of them."""
 
@@ -76,6 +68,8 @@ class Task(NamedTuple):
     config: ReconstructConfig
     device_mesh: mesh.Mesh
     params: PyTree  # of the teacher, on the mesh
+    blocks: list[Block]
+    recorder: Recorder
 
 
 class BlockStep(NamedTuple):
@@ -108,11 +102,17 @@ def make_task(
     config: ReconstructConfig,
     device_mesh: mesh.Mesh,
 ) -> Task:
-    """What all blocks share; see `run` for the arguments."""
+    """What all blocks share; see `run` for the arguments and errors."""
     params = mesh.shard_weights(device_mesh, teacher.params)
+    blocks = find_blocks(teacher, plan, config.blocks, method.joint)
+    recorder = Recorder(
+        teacher, params, plan, timesteps, lookup, blocks,
+        batch_size=config.batch_size, device_mesh=device_mesh,
+    )  # fmt: skip
     return Task(
-        teacher, method, jax.jit(method.bind), plan, timesteps, lookup, config, device_mesh, params
-    )
+        teacher, method, jax.jit(method.bind), plan, timesteps, lookup, config, device_mesh, params,
+        blocks, recorder,
+    )  # fmt: skip
 
 
 def run(
@@ -155,13 +155,12 @@ def run(
     check_mesh(device_mesh, config)
     state = jax.device_get(state)
     task = make_task(teacher, method, plan, timesteps, lookup, config, device_mesh)
-    blocks = find_blocks(teacher, plan, config.blocks, method.joint)
     work = [
         (i, phase, block)
         for i in range(config.num_rounds)
         for phase in method.phases
         if round(config.num_iterations * phase.share)
-        for block in blocks
+        for block in task.blocks
         if learns(block, phase, plan)
     ]
     began, inputs, drawn = time.monotonic(), None, -1
@@ -253,7 +252,8 @@ def make_block_step(
       key: of the batches.
     """
     num_iterations = round(task.config.num_iterations * phase.share * share)
-    module, examples = _examples(task, phase, block, state, inputs)
+    bound = task.bind(task.params, state)
+    module, examples = task.recorder.record(block, bound, inputs, rounds_inputs=phase.rounds_inputs)
     plan = task.plan if phase.rounds_inputs else without_inputs(task.plan)
     inside = block.layers + block.fixed
     plan = {path: plan[path] for path in inside if path in plan}
@@ -293,7 +293,7 @@ def make_block_step(
         indices = jax.random.randint(
             jax.random.fold_in(key, j), (task.config.batch_size,), 0, examples.t.size
         )
-        batch = _split(device_mesh, jax.tree.map(lambda leaf: leaf[indices], examples))
+        batch = mesh.split(device_mesh, jax.tree.map(lambda leaf: leaf[indices], examples))
         progressed = j.astype(jnp.float32) / num_iterations
         value, gradients = jax.value_and_grad(loss)(part, params, batch, progressed)
         # optax raises a float to its int32 step count, which strict promotion forbids.
@@ -341,11 +341,6 @@ def _learn_block(task, phase, block, state, inputs, i, *, key):
     return merge(state, mesh.fetch(task.device_mesh, part)), (before, after)
 
 
-def _split(device_mesh, tree):
-    """Inside `jit`: samples, split over the devices."""
-    return mesh.constrain(tree, mesh.shardings(device_mesh, tree, (('.*', (mesh.BATCH,)),)))
-
-
 def _part_of(params: PyTree, path: str) -> PyTree:
     """The parameters of a module; none for a product, which has none."""
     for part in filter(None, path.split('/')):
@@ -370,69 +365,3 @@ def _distance(norm, output, target):
 def _cosine(num_iterations):
     """The learning rates' common factor, from 1 to 0."""
     return lambda step: 0.5 * (1 + jnp.cos(jnp.pi * step / max(num_iterations, 1)))
-
-
-def _examples(task, phase, block, state, inputs):
-    """The module of `block`, free of its network, and its `_Examples`."""
-    if block.outputs:
-        return _joint_examples(task, block, inputs)
-    plan = task.plan if phase.rounds_inputs else without_inputs(task.plan)
-    network, found = task.teacher.network, {}
-    predict = denoisers.QuantizedPredict(network, tuple(plan.items()), task.lookup, 'fake')
-
-    @jax.jit
-    def capture(params, quantized, inputs):
-        params, quantized = mesh.whole(task.device_mesh, (params, quantized))
-
-        def call(run):
-            with recorded_calls(lambda path: path == block.path) as calls:
-                run()
-            return calls[block.path]
-
-        x, t, y = inputs
-        target = call(lambda: network.apply({'params': params}, x, t, y)).output
-        student = call(lambda: predict(quantized, x, t, y))
-        found['module'] = student.module
-        return _split(task.device_mesh, (student.args, student.kwargs, target))
-
-    params = task.params
-    bound = task.bind(params, state)
-    quantized = denoisers.fake_params(params, bound, task.timesteps)
-    if not phase.rounds_inputs:
-        quantized['tables'] = {}
-    args, kwargs, target = _in_batches(task, lambda part: capture(params, quantized, part), inputs)
-    t = mesh.shard_batch(task.device_mesh, inputs.t)
-    return found['module'], _Examples(args, kwargs, target, t)
-
-
-def _joint_examples(task, block, inputs):
-    """Of a joint block: the inputs of the network, and the float outputs of some of its layers."""
-    network = task.teacher.network
-
-    @jax.jit
-    def capture(params, part):
-        params = mesh.whole(task.device_mesh, params)
-        with recorded_calls(lambda path: path in block.outputs) as calls:
-            network.apply({'params': params}, *part)
-        outputs = {path: calls[path].output for path in block.outputs}
-        return _split(task.device_mesh, outputs)
-
-    target = _in_batches(task, lambda part: capture(task.params, part), inputs)
-    inputs = mesh.shard_batch(task.device_mesh, inputs)
-    return network, _Examples(tuple(inputs), {}, target, inputs.t)
-
-
-def _in_batches(task, function, inputs):
-    """What `function` makes of `inputs`, a batch at a time, split over the devices."""
-    size = min(task.config.batch_size, len(inputs.t))
-    parts = []
-    for begin in range(0, len(inputs.t), size):
-        part = jax.tree.map(lambda leaf, b=begin: leaf[b : b + size], inputs)
-        parts.append(function(mesh.shard_batch(task.device_mesh, part)))
-
-    @jax.jit
-    def join(parts):
-        joined = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
-        return _split(task.device_mesh, joined)
-
-    return join(parts)

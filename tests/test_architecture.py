@@ -34,7 +34,8 @@ ALLOWED = {
     # What it is made of.
     'blocks': {'denoisers'} | LIBRARIES,
     'trajectories': {'denoisers'} | LIBRARIES,
-    'reconstruct': {'blocks', 'denoisers', 'trajectories'} | LIBRARIES,
+    'examples': {'blocks', 'denoisers', 'trajectories'} | LIBRARIES,
+    'reconstruct': {'blocks', 'denoisers', 'examples', 'trajectories'} | LIBRARIES,
     # It reads what these two wrote.
     'reporting': {'calibrate', 'exporting', 'denoisers', 'kernels'} | LIBRARIES,
     'report': {'reporting', 'runtime'},

@@ -328,6 +328,11 @@ def constrain(tree: Any, placement: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, placement)
 
 
+def split(mesh: Mesh, tree: Any) -> Any:
+    """Inside `jit`: arrays whose first axis is the batch, split over the devices."""
+    return constrain(tree, shardings(mesh, tree, (('.*', (BATCH,)),)))
+
+
 def shardings(mesh: Mesh, tree: Any, rules: Rules) -> Any:
     """The sharding of every leaf of `tree`, by the first rule that matches its path.
 
