@@ -227,13 +227,14 @@ def make_programs(
             denoiser, SamplerConfig(num_steps=config.num_steps)
         )
         return compile_program(
-            sampling.sample_batch, (denoiser.params, sampler, keys, labels),
+            sampling.sample_batch.jitted, (denoiser.params, sampler, keys, labels),
             denoiser.predict, denoiser.info, 1.0,
         )  # fmt: skip
 
     def step(denoiser):
         t = jnp.asarray(500, jnp.int32)
-        return compile_program(jax.jit(denoiser.predict), (denoiser.params, x, t, labels))
+        predict = jax.jit(denoiser.predict, compiler_options=programs_lib.network_options())
+        return compile_program(predict, (denoiser.params, x, t, labels))
 
     def begin(options):
         method = methods.make(options, plan)

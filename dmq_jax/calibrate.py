@@ -22,7 +22,7 @@ from dmq_jax.quant import observers
 from dmq_jax.quant.layers import collect_stats, observe_inputs
 from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import Plan
-from dmq_jax.runtime import hosts, mesh
+from dmq_jax.runtime import hosts, mesh, programs
 from dmq_jax.runtime.progress import progress
 
 
@@ -58,7 +58,7 @@ def run(
       channels: whether a method wants ranges of single channels (`Method.channel_stats`).
     """
     sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
-    observe = jax.jit(
+    observe = programs.NetworkProgram(
         functools.partial(
             observe_batch,
             teacher._replace(params=None),

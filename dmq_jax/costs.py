@@ -216,9 +216,11 @@ def sampling_step(
 
     def run(kept, weights, batch):
         del kept
-        return sampling.sample_batch(predict, teacher.info, 1.0, weights, sampler, *batch)
+        draw = sampling.sample_batch.function
+        return draw(predict, teacher.info, 1.0, weights, sampler, *batch)
 
-    return Program(run, None, teacher.params, (keys, labels))
+    options = programs.network_options()
+    return Program(run, None, teacher.params, (keys, labels), options=options)
 
 
 def finetuning_step(

@@ -39,6 +39,7 @@ from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.models.dit import DiT, PixArt
 from dmq_jax.models.ldm_unet import LDMUNet
 from dmq_jax.models.torch_weights import Source, expected_tensors, read_params
+from dmq_jax.runtime import programs
 from dmq_jax.runtime.memory import MEGABYTE, peak_rss_mb
 
 ROOT = Path(__file__).parents[1]
@@ -236,12 +237,12 @@ def compile_forward(case: Case, params: PyTree, batch_size: int) -> tuple[Any, t
     """The compiled network, what to call it with, and the seconds of compilation."""
     inputs, named = make_inputs(case, batch_size)
 
-    @jax.jit
+    @programs.NetworkProgram
     def forward(params, inputs, named):
         return case.network.apply({'params': params}, *inputs, method=case.method, **named)
 
     began = time.perf_counter()
-    compiled = forward.lower(params, inputs, named).compile()
+    compiled = forward.jitted.lower(params, inputs, named).compile()
     return compiled, (params, inputs, named), time.perf_counter() - began
 
 

@@ -18,7 +18,7 @@ from dmq_jax import denoisers
 from dmq_jax.config import SamplerConfig
 from dmq_jax.diffusion import samplers
 from dmq_jax.models import autoencoder
-from dmq_jax.runtime import hosts, mesh
+from dmq_jax.runtime import hosts, mesh, programs
 
 _DECODED_AT_ONCE = 8
 
@@ -47,7 +47,7 @@ def to_uint8(images: Float[Array, '*shape']) -> UInt8[Array, '*shape']:
     return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-@functools.partial(jax.jit, static_argnames=('predict', 'info', 'guidance_scale'))
+@functools.partial(programs.NetworkProgram, static_argnames=('predict', 'info', 'guidance_scale'))
 def sample_batch(
     predict: denoisers.Predict,
     info: denoisers.DenoiserInfo,
@@ -72,10 +72,12 @@ def _sample(predict, info, guidance_scale, params, sampler, keys, labels):
     return x_0
 
 
-sample_latents = jax.jit(_sample, static_argnames=('predict', 'info', 'guidance_scale'))
+sample_latents = programs.NetworkProgram(
+    _sample, static_argnames=('predict', 'info', 'guidance_scale')
+)
 
 
-@functools.partial(jax.jit, static_argnames='network')
+@functools.partial(programs.NetworkProgram, static_argnames='network')
 def decode(
     network: Any, params: PyTree, latents: Float[Array, 'B h w Z']
 ) -> UInt8[Array, 'B H W C']:
@@ -88,7 +90,9 @@ def _decoded(decoder: denoisers.Decoder, latents: Array) -> UInt8[np.ndarray, 'B
     count = len(latents)
     if not count:  # of a process whose devices repeat what others drew
         one = jax.ShapeDtypeStruct((1, *latents.shape[1:]), latents.dtype)
-        shape = jax.eval_shape(functools.partial(decode, decoder.network), decoder.params, one)
+        shape = jax.eval_shape(
+            functools.partial(decode.function, decoder.network), decoder.params, one
+        )
         return np.zeros((0, *shape.shape[1:]), np.uint8)
     # A few at a time: a decoder needs far more memory for an image than its denoiser.
     size = min(_DECODED_AT_ONCE, count)

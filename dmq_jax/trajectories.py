@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from dmq_jax import denoisers
 from dmq_jax.config import ReconstructConfig
 from dmq_jax.diffusion import samplers
-from dmq_jax.runtime import mesh
+from dmq_jax.runtime import mesh, programs
 
 
 class Inputs(NamedTuple):
@@ -62,7 +62,7 @@ def draw_inputs(
     steps = np.arange(config.num_timesteps) * (len(sampler.timesteps) // config.num_timesteps)
     labels = denoisers.balanced_labels(config.num_images, info.num_classes)
 
-    @jax.jit
+    @programs.NetworkProgram
     def draw(params, sampler, keys, y):
         x_T = samplers.initial_noise(keys, info.image_shape)
         _, carries = samplers.trajectory(

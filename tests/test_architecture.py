@@ -22,7 +22,8 @@ ALLOWED = {
     'methods': {'quant'},
     'files': set(),
     'models': {'files'},
-    'metrics': {'files'},
+    # One of its modules: what the compiler is told.
+    'metrics': {'files', 'runtime.programs'},
     'diffusion': set(),
     'runtime': set(),
     'assets': set(),
@@ -163,7 +164,11 @@ def violations(root: Path) -> list[str]:
         if part not in ALLOWED:
             found.add(f'{relative} is in no layer: add {part!r} to ALLOWED')
             continue
-        for target in map(part_of, ours):
+        modules = [f'dmq_jax.{allowed}' for allowed in ALLOWED[part] if '.' in allowed]
+        for name in ours:
+            target = part_of(name)
+            if any(within(name, allowed) for allowed in modules):
+                continue
             if target not in {part, 'config', 'dmq_jax'} | ALLOWED[part]:
                 found.add(f'{relative} imports {target}: {part} may import {ALLOWED[part] or "-"}')
     return sorted(found)
@@ -178,6 +183,7 @@ CLEAN = {
     'dmq_jax/runtime/mesh.py': 'from jax.sharding import Mesh\nfrom dmq_jax.config import A',
     'dmq_jax/runtime/checkpoint.py': 'import orbax.checkpoint as ocp\nocp.args',
     'dmq_jax/models/unet.py': 'from dmq_jax.files import images\nfrom dmq_jax.models import tap',
+    'dmq_jax/metrics/a.py': 'from dmq_jax.runtime import programs\nprograms.NetworkProgram',
     'dmq_jax/quant/layers.py': 'from flax import linen\nimport kernels\nlinen.intercept_methods',
     'dmq_jax/pipeline.py': 'from dmq_jax import config, learning\nfrom dmq_jax.runtime import log',
     'dmq_jax/main.py': 'from absl import app, flags\nfrom dmq_jax import pipeline',
@@ -205,6 +211,7 @@ def test_a_clean_tree_has_no_violations(tmp_path):
         ('models/unet.py', 'from ..quant import layers', 'models/unet.py imports quant'),
         ('models/unet.py', 'def f():\n  from dmq_jax import main', 'models/unet.py imports main'),
         ('metrics/frechet.py', 'from dmq_jax.models import tap', 'frechet.py imports models'),
+        ('metrics/b.py', 'from dmq_jax.runtime import mesh', 'metrics/b.py imports runtime'),
         ('methods/a.py', 'from dmq_jax.models import tap', 'methods/a.py imports models'),
         ('quant/a.py', 'from dmq_jax.runtime import log', 'quant/a.py imports runtime'),
         ('calibrate.py', 'from dmq_jax import finetune', 'calibrate.py imports finetune'),

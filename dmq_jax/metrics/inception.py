@@ -33,6 +33,7 @@ from jaxtyping import Array, Float, Num, UInt8
 
 from dmq_jax.metrics import inception_weights
 from dmq_jax.metrics.classifier import rebatch
+from dmq_jax.runtime import programs
 
 SIZE = 299
 NUM_CLASSES = 1008
@@ -323,26 +324,7 @@ def compute_network_id(params: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-@functools.cache
-def _compiled_features() -> Callable[..., InceptionFeatures]:
-    # On CPUs XLA hands convolutions to YNNPACK, whose float32 kernels are slower than its own:
-    # 91..131 to 124..159 GFLOP/s of two cores for 1x1, 100 to 125 for 3x3 with padding, 27 to 99
-    # without (jax 0.10.2 and 0.12.0 alike). An empty list of fusions keeps XLA's own.
-    options = {'xla_cpu_experimental_ynn_fusion_type': ''}
-    if jax.default_backend() != 'cpu' or not _are_known(options):
-        options = None
-    return jax.jit(_features, static_argnums=0, compiler_options=options)
-
-
-def _are_known(options: dict[str, str | bool]) -> bool:
-    """Whether this version of XLA has the compiler options: experimental ones may disappear."""
-    try:
-        jax.jit(lambda: 0, compiler_options=options).lower().compile()
-    except jax.errors.JaxRuntimeError:
-        return False
-    return True
-
-
+@functools.partial(programs.NetworkProgram, static_argnums=0)
 def _features(
     model: InceptionV3, params: Mapping[str, Any], images: UInt8[Array, 'B H W 3']
 ) -> InceptionFeatures:
@@ -357,7 +339,7 @@ def make_extractor(
 
     It compiles once for each batch size, height and width.
     """
-    return functools.partial(_compiled_features(), network.model, network.params)
+    return functools.partial(_features, network.model, network.params)
 
 
 def extract_batches(

@@ -1,0 +1,79 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dmq_jax.runtime import programs
+from dmq_jax.runtime.programs import NetworkProgram, are_known, network_options
+
+
+@pytest.fixture
+def asked_anew():
+    """The options are asked for once in a process."""
+    network_options.cache_clear()
+    yield
+    network_options.cache_clear()
+
+
+def convolution(x, kernel):
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    shapes = (1, 16, 16, 32), (3, 3, 32, 32)
+    return [jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes]
+
+
+def test_options_are_given_to_those_that_know_them():
+    assert are_known({'xla_cpu_multi_thread_eigen': True})
+    assert not are_known({'xla_cpu_no_such_option': True})
+
+
+@pytest.mark.skipif(network_options() is None, reason='this back end or its XLA has no such option')
+def test_the_convolutions_of_a_network_are_not_given_to_another_library():
+    texts = [
+        jitted.lower(*inputs()).compile().as_text()
+        for jitted in (jax.jit(convolution), NetworkProgram(convolution).jitted)
+    ]
+    told, as_ever = ('ynn' in text for text in texts[::-1])
+    assert not told
+    # Of a version that gives none away there is nothing to see.
+    if not as_ever:
+        pytest.skip('XLA keeps its convolutions untold')
+    assert ' convolution(' in texts[1]
+
+
+def test_other_back_ends_are_told_nothing(asked_anew, monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    assert network_options() is None
+
+
+def test_an_xla_that_does_not_know_the_options_is_told_nothing(asked_anew, monkeypatch):
+    monkeypatch.setattr(programs, 'are_known', lambda options: False)
+    assert network_options() is None
+    x, kernel = inputs()
+    np.testing.assert_array_equal(
+        NetworkProgram(convolution)(x, kernel), jax.jit(convolution)(x, kernel)
+    )
+
+
+def test_a_network_program_is_compiled_once_and_asks_for_nothing_before_its_first_call(
+    asked_anew, monkeypatch
+):
+    program = NetworkProgram(convolution)
+    assert network_options.cache_info().misses == 0
+    x, kernel = inputs()
+    first, second = program(x, kernel), program(2 * x, kernel)
+    assert program.jitted._cache_size() == 1
+    # Another order of 288 float32 products.
+    np.testing.assert_allclose(first, convolution(x, kernel), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(second, 2 * first, rtol=0, atol=1e-4)
+
+
+def test_static_arguments_and_the_function_within_other_programs():
+    program = NetworkProgram(lambda count, x: count * x, static_argnums=0)
+    assert float(program(3, jnp.ones(()))) == 3
+    assert float(jax.jit(lambda x: program.function(2, x))(jnp.ones(()))) == 2
