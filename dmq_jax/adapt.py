@@ -8,7 +8,6 @@ by itself, and only the state of the student's method is learnt. Where its integ
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
-from dmq_jax import denoisers
+from dmq_jax import denoisers, descent
 from dmq_jax.config import AdaptConfig
 from dmq_jax.diffusion import samplers
 from dmq_jax.diffusion.schedule import alphas_cumprod
@@ -34,9 +33,8 @@ from dmq_jax.methods.base import (
 )
 from dmq_jax.quant.layers import recomputed
 from dmq_jax.quant.plan import Plan
-from dmq_jax.runtime import hosts, log, mesh, programs
+from dmq_jax.runtime import log, mesh, programs
 from dmq_jax.runtime.checkpoint import Checkpoints
-from dmq_jax.runtime.progress import progress
 
 # In place of a path: images that the teacher draws.
 TEACHER = 'teacher'
@@ -273,36 +271,14 @@ def run(
     train = TrainState(state, optimizer.init(state), jnp.zeros((), jnp.int32))
     # A copy: the step donates its state, and moments may be one array of zeros.
     train = mesh.replicate(device_mesh, jax.tree.map(jnp.copy, train))
-    began, spent_s, losses = time.monotonic(), 0.0, []
     with Checkpoints(workdir / 'checkpoints') as checkpoints, log.make_writer(workdir) as writer:
         restored = checkpoints.restore_latest(like=(train, np.zeros((), np.float32)))
-        if restored is not None:
-            train, spent_s = restored[0], float(restored[1])
-        bar = progress(config.num_iterations, description, start=int(train.step))
-        for step in bar:
-            train, value = train_step(train, constants, images, labels)
-            losses.append(value)
-            done = step + 1
-            is_stopped = done < config.num_iterations and hosts.stop_requested()
-            is_saved = (
-                is_stopped or done == config.num_iterations or done % config.checkpoint_every == 0
-            )
-            if is_saved or done % config.log_every == 0:
-                mean = float(np.mean(jax.device_get(losses)))
-                if not np.isfinite(mean):
-                    raise FloatingPointError(
-                        f'{description}: loss is {mean} at step {done}; lower the learning rate.'
-                    )
-                writer.write_scalars(done, {'loss': mean})
-                bar.note(f'loss {mean:.4g}')
-                losses = []
-            if is_saved:
-                now_s = spent_s + time.monotonic() - began
-                checkpoints.save(done, (train, np.asarray(now_s, np.float32)))
-            if is_stopped:
-                checkpoints.wait()
-                raise hosts.interrupted()
-    return Adapted(mesh.fetch(device_mesh, train.state), spent_s + time.monotonic() - began)
+        train, spent_s = (train, 0.0) if restored is None else (restored[0], float(restored[1]))
+        train, duration_s = descent.descend(
+            lambda train: train_step(train, constants, images, labels), train, spent_s, config,
+            checkpoints=checkpoints, writer=writer, description=description,
+        )  # fmt: skip
+    return Adapted(mesh.fetch(device_mesh, train.state), duration_s)
 
 
 def _cosine(num_iterations: int) -> optax.Schedule:

@@ -8,7 +8,6 @@ every timestep, and the float weights are an argument of it: teacher and student
 
 import functools
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -20,15 +19,14 @@ import optax
 from flax import traverse_util
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from dmq_jax import denoisers
+from dmq_jax import denoisers, descent
 from dmq_jax.config import FinetuneConfig
 from dmq_jax.diffusion import samplers
 from dmq_jax.methods.base import Method, Prediction, State
 from dmq_jax.quant.plan import Plan
 from dmq_jax.quant.rows import per_image
-from dmq_jax.runtime import hosts, log, mesh, programs
+from dmq_jax.runtime import log, mesh, programs
 from dmq_jax.runtime.checkpoint import Checkpoints
-from dmq_jax.runtime.progress import progress
 
 # What is split over the devices of a mesh, by path of the train state; first match wins.
 SHARDING_RULES = (
@@ -297,7 +295,7 @@ def run(
         log.make_writer(workdir) as writer,
     ):
         train, spent_s = restore_or_start(checkpoints, start, device_mesh)
-        train, duration_s = _descend(
+        train, duration_s = descent.descend(
             lambda train: train_step(train, params, sampler, key), train, spent_s, config,
             checkpoints=checkpoints, writer=writer, description=description,
         )  # fmt: skip
@@ -331,53 +329,6 @@ def restore_or_start(
         return jax.tree.map(jnp.copy, mesh.place(train, placement)), 0.0
     train, spent_s = restored
     return train, float(spent_s)
-
-
-def _descend(
-    train_step: Callable[[TrainState], tuple[TrainState, Array]],
-    train: TrainState,
-    spent_s: float,
-    config: FinetuneConfig,
-    *,
-    checkpoints: Checkpoints,
-    writer: log.MetricWriter,
-    description: str,
-) -> tuple[TrainState, float]:
-    """The remaining steps, logged and saved; the last train state, and the seconds in all."""
-    began = time.monotonic()
-    bar = progress(config.num_iterations, description, start=int(train.step))
-    losses = []
-    for step in bar:
-        train, value = train_step(train)
-        losses.append(value)
-        done = step + 1
-        is_stopped = done < config.num_iterations and hosts.stop_requested()
-        is_saved = (
-            is_stopped or done == config.num_iterations or done % config.checkpoint_every == 0
-        )
-        if is_saved or done % config.log_every == 0:
-            # Before a checkpoint too: one with a state of NaN could never be left again.
-            mean = _checked_mean(losses, description, done, checkpoints.latest())
-            writer.write_scalars(done, {'loss': mean})
-            bar.note(f'loss {mean:.4g}')
-            losses = []
-        if is_saved:
-            now_s = spent_s + time.monotonic() - began
-            checkpoints.save(done, (train, np.asarray(now_s, np.float32)))
-        if is_stopped:
-            checkpoints.wait()
-            raise hosts.interrupted()
-    return train, spent_s + time.monotonic() - began
-
-
-def _checked_mean(losses: list[Array], description: str, step: int, latest: int | None) -> float:
-    mean = float(np.mean(jax.device_get(losses)))
-    if not np.isfinite(mean):
-        raise FloatingPointError(
-            f'{description}: loss is {mean} at step {step}; lower the learning rates, or check the '
-            f'calibration. Checkpoints up to {latest} are kept.'
-        )
-    return mean
 
 
 def save(path: str | os.PathLike, result: Finetuned) -> None:

@@ -25,6 +25,11 @@ if _CACHE not in os.environ:
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from dmq_jax.runtime import memory  # noqa: E402
+
+_LARGE_MB = 1500
 
 # Silent widening of a dtype or of a rank is how wrong shapes pass unnoticed.
 jax.config.update('jax_numpy_dtype_promotion', 'strict')
@@ -62,6 +67,16 @@ def pytest_collection_modifyitems(config, items):
     folder = Path(__file__).parent
     places = {folder / name: place for place, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """What a file has compiled is let go after it, where it is much: no other file calls it."""
+    if nextitem is not None and nextitem.path == item.path:
+        return
+    if memory.rss_mb() > _LARGE_MB:
+        jax.clear_caches()
+        memory.give_back()
 
 
 def pytest_unconfigure():

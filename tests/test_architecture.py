@@ -32,7 +32,9 @@ ALLOWED = {
     'checkpoints': {'denoisers', 'diffusion', 'files', 'models', 'networks'},
     'teachers': {'assets', 'checkpoints', 'denoisers', 'files', 'networks', 'runtime'},
     **{stage: {'denoisers', 'kernels'} | LIBRARIES for stage in STAGES},
-    # What it is made of.
+    'descent': {'runtime'},
+    **{stage: {'denoisers', 'descent'} | LIBRARIES for stage in ('finetune', 'adapt')},
+    # What reconstruction is made of.
     'blocks': {'denoisers'} | LIBRARIES,
     'trajectories': {'denoisers'} | LIBRARIES,
     'examples': {'blocks', 'denoisers', 'trajectories'} | LIBRARIES,

@@ -27,3 +27,14 @@ def test_the_whole_process_is_larger_than_its_parts():
     with memory.watched() as peak:
         pass
     assert memory.peak_rss_mb() >= 0.9 * peak.mb > 0
+
+
+@pytest.mark.skipif(not memory._STATUS.is_file(), reason='/proc is of Linux')
+def test_what_is_held_now_is_less_once_it_is_let_go():
+    held = np.ones(25_000_000)  # 200 MB, touched
+    full = memory.rss_mb()
+    del held
+    memory.give_back()
+    assert full - memory.rss_mb() > 150
+    # The kernel counts in strides of pages.
+    assert memory.peak_rss_mb() >= 0.95 * full
