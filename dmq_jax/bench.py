@@ -227,13 +227,15 @@ def make_programs(
             denoiser, SamplerConfig(num_steps=config.num_steps)
         )
         return compile_program(
-            sampling.sample_batch.jitted, (denoiser.params, sampler, keys, labels),
+            sampling.sample_batch.jitted(denoiser.params), (denoiser.params, sampler, keys, labels),
             denoiser.predict, denoiser.info, 1.0,
         )  # fmt: skip
 
     def step(denoiser):
         t = jnp.asarray(500, jnp.int32)
-        predict = jax.jit(denoiser.predict, compiler_options=programs_lib.network_options())
+        predict = jax.jit(
+            denoiser.predict, compiler_options=programs_lib.network_options(denoiser.params)
+        )
         return compile_program(predict, (denoiser.params, x, t, labels))
 
     def begin(options):

@@ -242,7 +242,7 @@ def compile_forward(case: Case, params: PyTree, batch_size: int) -> tuple[Any, t
         return case.network.apply({'params': params}, *inputs, method=case.method, **named)
 
     began = time.perf_counter()
-    compiled = forward.jitted.lower(params, inputs, named).compile()
+    compiled = forward.jitted().lower(params, inputs, named).compile()
     return compiled, (params, inputs, named), time.perf_counter() - began
 
 

@@ -47,7 +47,10 @@ def to_uint8(images: Float[Array, '*shape']) -> UInt8[Array, '*shape']:
     return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
-@functools.partial(programs.NetworkProgram, static_argnames=('predict', 'info', 'guidance_scale'))
+_SETTINGS = {'static_argnames': ('predict', 'info', 'guidance_scale'), 'weights': 3}
+
+
+@functools.partial(programs.NetworkProgram, **_SETTINGS)
 def sample_batch(
     predict: denoisers.Predict,
     info: denoisers.DenoiserInfo,
@@ -72,9 +75,7 @@ def _sample(predict, info, guidance_scale, params, sampler, keys, labels):
     return x_0
 
 
-sample_latents = programs.NetworkProgram(
-    _sample, static_argnames=('predict', 'info', 'guidance_scale')
-)
+sample_latents = programs.NetworkProgram(_sample, **_SETTINGS)
 
 
 @functools.partial(programs.NetworkProgram, static_argnames='network')

@@ -175,7 +175,7 @@ def sampling_loop(teacher, shape, batch_size=16):
     keys = jax.random.split(jax.random.key(0), batch_size)
     keys, labels = mesh.shard_batch(device_mesh, (keys, np.zeros(batch_size, np.int32)))
     params = mesh.shard_weights(device_mesh, teacher.params)
-    program = sampling.sample_batch.jitted.lower(
+    program = sampling.sample_batch.jitted().lower(
         mesh.on_whole(device_mesh, teacher.predict), teacher.info, 1.0, params, sampler, keys,
         labels,
     )  # fmt: skip

@@ -112,12 +112,12 @@ def test_no_latents_are_decoded_to_no_images():
 
 def test_one_program_serves_all_batches_and_all_weights():
     draw(5)
-    before = sampling.sample_batch.jitted._cache_size()
+    before = sampling.sample_batch.jitted()._cache_size()
     draw(5, num_images=8, begins=[1, 6])
     teacher = tiny.teacher()
     other = teacher._replace(params=jax.tree.map(lambda a: 2 * a, teacher.params))
     sampling.draw(other, SAMPLER, labels=np.zeros(5, np.int32), key=jax.random.key(0), batch_size=5)
-    assert sampling.sample_batch.jitted._cache_size() == before
+    assert sampling.sample_batch.jitted()._cache_size() == before
 
 
 def test_a_grid_reads_row_by_row_and_is_white_where_images_are_missing():
@@ -146,7 +146,7 @@ def test_devices_that_split_the_batch_tell_one_another_nothing_while_sampling():
         device_mesh, (jax.random.split(jax.random.key(0), 8), np.zeros(8, np.int32))
     )
     params = mesh.shard_weights(device_mesh, teacher.params)
-    program = sampling.sample_batch.jitted.lower(
+    program = sampling.sample_batch.jitted().lower(
         teacher.predict, teacher.info, 1.0, params, sampler, keys, labels
     )
     text = program.compile().as_text()

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def step_options() -> dict[str, Any] | None:
@@ -19,8 +20,7 @@ def step_options() -> dict[str, Any] | None:
     return None
 
 
-@functools.cache
-def network_options() -> dict[str, Any] | None:
+def network_options(weights: Any = ()) -> dict[str, Any] | None:
     """What the compiler is told of a program that runs a network forwards and nothing else.
 
     On CPU XLA hands convolutions to YNNPACK, whose float32 kernels are slower than its own; its
@@ -32,12 +32,25 @@ def network_options() -> dict[str, Any] | None:
     Seconds of both cores for whole networks, told nothing and told this: ADM at 256 pixels 36.4
     and 33.0, at 64 3.16 and 3.09; the decoder of Stable Diffusion 42.7 and 32.7, its U-Net 11.9 and
     11.4; LDM 3.01 and 2.93; VQ-f4 8.80 and 8.50; DDPM 0.195 and 0.190; Inception, 16 images 4.68
-    and 2.74. Were products XLA's too, Stable Diffusion's U-Net would take 13.4. Integer steps
-    change by less than they vary (CIFAR-10, batch 8: 0.52 and 0.51 s).
+    and 2.74. Were products XLA's too, Stable Diffusion's U-Net would take 13.4.
+
+    Integers are told nothing: XLA's own convolutions of int8 are plain loops. The bundled network
+    at W4A8, coverage 'full', takes 25 ms a step so, and 219 with the option (jax 0.12; 45 and 59
+    with 0.10.2).
+
+    Args:
+      weights: of the network, arrays or their shapes; int8 or packed ones make it an integer one.
 
     Returns:
       Options for `jax.jit`; None on other back ends, and where XLA does not know them.
     """
+    if any(leaf.dtype in (jnp.int8, jnp.uint8) for leaf in jax.tree.leaves(weights)):
+        return None
+    return _float_options()
+
+
+@functools.cache
+def _float_options() -> dict[str, Any] | None:
     options = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT'}
     return options if jax.default_backend() == 'cpu' and are_known(options) else None
 
@@ -61,19 +74,35 @@ class NetworkProgram:
         call the function.
     """
 
-    def __init__(self, function: Callable[..., Any], **settings: Any):
-        """Of a function and the other arguments of `jax.jit`."""
+    def __init__(
+        self, function: Callable[..., Any], *, weights: int | None = None, **settings: Any
+    ):
+        """Of a function.
+
+        Args:
+          function: to be compiled.
+          weights: place among its arguments of weights that may be integers; None: all are floats.
+          **settings: other arguments of `jax.jit`.
+        """
         functools.update_wrapper(self, function)
-        self.function, self._settings = function, settings
+        self.function, self._weights, self._settings = function, weights, settings
+
+    def jitted(self, weights: Any = ()) -> Any:
+        """What `jax.jit` gives, the same for all weights of one kind; see `network_options`."""
+        return self._untold if network_options(weights) is None else self._told
 
     @functools.cached_property
-    def jitted(self) -> Any:
-        """What `jax.jit` gives."""
+    def _told(self):
         return jax.jit(self.function, compiler_options=network_options(), **self._settings)
+
+    @functools.cached_property
+    def _untold(self):
+        return jax.jit(self.function, **self._settings)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The result of the function."""
-        return self.jitted(*args, **kwargs)
+        weights = () if self._weights is None else args[self._weights]
+        return self.jitted(weights)(*args, **kwargs)
 
 
 def peak_bytes(compiled: Any) -> int:

@@ -10,9 +10,9 @@ from dmq_jax.runtime.programs import NetworkProgram, are_known, network_options
 @pytest.fixture
 def asked_anew():
     """The options are asked for once in a process."""
-    network_options.cache_clear()
+    programs._float_options.cache_clear()
     yield
-    network_options.cache_clear()
+    programs._float_options.cache_clear()
 
 
 def convolution(x, kernel):
@@ -36,7 +36,7 @@ def test_options_are_given_to_those_that_know_them():
 def test_the_convolutions_of_a_network_are_not_given_to_another_library():
     texts = [
         jitted.lower(*inputs()).compile().as_text()
-        for jitted in (jax.jit(convolution), NetworkProgram(convolution).jitted)
+        for jitted in (jax.jit(convolution), NetworkProgram(convolution).jitted())
     ]
     told, as_ever = ('ynn' in text for text in texts[::-1])
     assert not told
@@ -64,10 +64,10 @@ def test_a_network_program_is_compiled_once_and_asks_for_nothing_before_its_firs
     asked_anew, monkeypatch
 ):
     program = NetworkProgram(convolution)
-    assert network_options.cache_info().misses == 0
+    assert programs._float_options.cache_info().misses == 0
     x, kernel = inputs()
     first, second = program(x, kernel), program(2 * x, kernel)
-    assert program.jitted._cache_size() == 1
+    assert program.jitted()._cache_size() == 1
     # Another order of 288 float32 products.
     np.testing.assert_allclose(first, convolution(x, kernel), rtol=0, atol=1e-4)
     np.testing.assert_allclose(second, 2 * first, rtol=0, atol=1e-4)
@@ -77,3 +77,14 @@ def test_static_arguments_and_the_function_within_other_programs():
     program = NetworkProgram(lambda count, x: count * x, static_argnums=0)
     assert float(program(3, jnp.ones(()))) == 3
     assert float(jax.jit(lambda x: program.function(2, x))(jnp.ones(()))) == 2
+
+
+@pytest.mark.parametrize('dtype, is_told', [('int8', False), ('uint8', False), ('float32', True)])
+def test_programs_of_integer_weights_are_told_nothing(dtype, is_told):
+    weights = {'kernel': jnp.ones((3, 3), dtype), 'bias': jnp.ones(3)}
+    assert network_options(weights) == (network_options() if is_told else None)
+    program = NetworkProgram(lambda x, weights: x @ weights['kernel'].astype('float32'), weights=1)
+    np.testing.assert_array_equal(program(jnp.ones((1, 3)), weights), 3 * np.ones((1, 3)))
+    assert program.jitted(weights)._cache_size() == 1
+    if network_options() is not None:
+        assert (program.jitted(weights) is program.jitted()) == is_told
