@@ -161,6 +161,8 @@ def test_cells_made_before_a_stop_are_kept(workdir, config, tmp_path, monkeypatc
         return original(context, reference, name, *images)
 
     monkeypatch.setattr(compare.pipeline, 'measure_network', measure)
+    two = {name: config.students[name] for name in ('rtn_w8a8', 'rtn_w3a3')}
+    config = dataclasses.replace(config, students=two)
     with pytest.raises(Stopped):
         compare.run(config, tmp_path)
     partial = json.loads((tmp_path / 'table.json').read_text())['rows']
@@ -170,7 +172,7 @@ def test_cells_made_before_a_stop_are_kept(workdir, config, tmp_path, monkeypatc
     rows, whole = (
         json.loads((folder / 'table.json').read_text())['rows'] for folder in (tmp_path, workdir)
     )
-    assert [row['fd'] for row in rows] == [row['fd'] for row in whole]
+    assert [row['fd'] for row in rows] == [row['fd'] for row in whole[:3]]
     # What was spent before the stop counts.
     assert rows[2]['cell_seconds'] > before['cell_seconds'] > 0
 

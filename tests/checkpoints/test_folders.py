@@ -47,7 +47,7 @@ def test_other_prompts_seeds_and_timesteps_need_no_other_program(stable_diffusio
             **options,
         )  # fmt: skip
 
-    programs = (sampling.sample_latents.jitted, sampling.decode.jitted)
+    programs = (sampling.sample_latents.jitted(), sampling.decode.jitted())
     first = draw(['a cat', 'a'], 0)
     before = [program._cache_size() for program in programs]
     assert (draw(['cat', 'a a cat'], 1, spacing='trailing') != first).any()

@@ -182,10 +182,9 @@ def of_one_device(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize(
-    'count, devices',
-    [(2, 1), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(1, 8), (4, 1), (4, 2)])],
-)
+# Without 'slow', tests/test_finetune.py compares one device with eight of one process.
+@pytest.mark.slow
+@pytest.mark.parametrize('count, devices', [(2, 1), (1, 8), (4, 1), (4, 2)])
 def test_loss_gradients_ranges_and_samples_do_not_depend_on_processes_and_devices(
     of_one_device, tmp_path, count, devices
 ):

@@ -140,15 +140,15 @@ def test_features_are_named_taps_of_exactly_the_given_images(network, taps_and_o
     _, want = taps_and_oracle
     images = np.concatenate([random_images(2), random_images(1, seed=1)])
     extractor = make_extractor(network)
-    compiled = inception._features.jitted._cache_size()
+    compiled = inception._features.jitted()._cache_size()
     parts = list(extract_batches(network, [images[:1], images[1:]], batch_size=2))
     assert [len(part.pool) for part in parts] == [2, 1]
-    assert inception._features.jitted._cache_size() == compiled + 1
+    assert inception._features.jitted()._cache_size() == compiled + 1
     features = extract(network, images, batch_size=2)
     for name, array in features._asdict().items():
         joined = np.concatenate([getattr(part, name) for part in parts])
         np.testing.assert_array_equal(array, joined)
-    assert inception._features.jitted._cache_size() == compiled + 1
+    assert inception._features.jitted()._cache_size() == compiled + 1
     assert (features.pool.shape, features.spatial.shape) == ((3, 2048), (3, 2023))
     assert features.probabilities.shape == (3, 1008)
     assert relative_error(features.pool[:2], want['2048']) < NETWORK_TOLERANCE
