@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-# Queries and keys from which attention on CPU is worth dividing, and scores of a piece (8 MB).
-_LONG, _PIECE = 256, 2**21
+# Queries and scores of a head from which attention on CPU is worth dividing, and scores of a
+# piece (8 MB).
+_LONG, _MANY, _PIECE = 256, 2**16, 2**21
 
 
 class Product(nn.Module):
@@ -59,9 +60,9 @@ class Attend(nn.Module):
         mask: Bool[Array, '*B L M'] | None = None,
     ) -> Float[Array, 'B L H D']:
         """The result for every head; keys where `mask` (or the image's own) is False are unseen."""
-        is_long = min(q.shape[1], k.shape[1]) >= _LONG
-        if mask is None and is_long and jax.default_backend() == 'cpu':
-            return _attend_in_pieces(q, k, v)
+        is_long = q.shape[1] >= _LONG and q.shape[1] * k.shape[1] >= _MANY
+        if is_long and jax.default_backend() == 'cpu':
+            return _attend_in_pieces(q, k, v, mask)
         mask = None if mask is None else _per_head(mask)
         # It widens to float32 where it must, which strict promotion takes for an accident.
         with jax.numpy_dtype_promotion('standard'):
@@ -86,7 +87,10 @@ class Attend(nn.Module):
 
 
 def _attend_in_pieces(
-    q: Float[Array, 'B L H D'], k: Float[Array, 'B M H D'], v: Float[Array, 'B M H D']
+    q: Float[Array, 'B L H D'],
+    k: Float[Array, 'B M H D'],
+    v: Float[Array, 'B M H D'],
+    mask: Bool[Array, '*B L M'] | None,
 ) -> Float[Array, 'B L H D']:
     """The same one head and a few queries at a time, so that their scores stay in the cache.
 
@@ -96,11 +100,18 @@ def _attend_in_pieces(
     """
     b, length, _, depth = q.shape
     size = min(length, 512, max(64, _PIECE // (b * k.shape[1])))
-    queries = jnp.pad(q * depth**-0.5, ((0, 0), (0, -length % size), (0, 0), (0, 0)))
+    ragged = (0, -length % size)
+    queries = jnp.pad(q * depth**-0.5, ((0, 0), ragged, (0, 0), (0, 0)))
+    if mask is not None:
+        mask = mask[None] if mask.ndim == 2 else mask
+        mask = jnp.pad(mask, ((0, 0), ragged, (0, 0)))
+        mask = mask.reshape(mask.shape[0], -1, size, mask.shape[2]).swapaxes(0, 1)
 
     @jax.checkpoint  # or a gradient would keep the scores after all
-    def piece(q: Array, k: Array, v: Array) -> Array:
+    def piece(q: Array, mask: Array | None, k: Array, v: Array) -> Array:
         scores = jnp.einsum('bld,bmd->blm', q, k, preferred_element_type=jnp.float32)
+        if mask is not None:
+            scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
         weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
         total = jnp.sum(weights, axis=-1, keepdims=True)
         mixed = jnp.einsum(
@@ -111,7 +122,7 @@ def _attend_in_pieces(
     def head(operands: tuple[Array, Array, Array]) -> Array:
         q, k, v = operands
         pieces = q.reshape(b, -1, size, depth).swapaxes(0, 1)
-        mixed = jax.lax.map(lambda q: piece(q, k, v), pieces)
+        mixed = jax.lax.map(lambda part: piece(*part, k, v), (pieces, mask))
         return mixed.swapaxes(0, 1).reshape(b, -1, v.shape[-1])[:, :length]
 
     mixed = jax.lax.map(head, tuple(x.transpose(2, 0, 1, 3) for x in (queries, k, v)))

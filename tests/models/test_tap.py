@@ -93,19 +93,26 @@ def test_attention_is_its_definition_fused_or_by_products(products, mask):
 
 
 # A batch so large that pieces are of 64 queries; a ragged end; queries and keys of other lengths.
-LONG = {'many pieces': (9, 320, 4096), 'ragged end': (2, 600, 256), 'one piece': (1, 256, 300)}
+LONG = {
+    'many pieces': (9, 320, 4096, None),
+    'ragged end': (2, 600, 256, None),
+    'few keys': (1, 1024, 77, None),
+    'one mask': (2, 600, 256, 2),
+    'a mask for each image': (2, 600, 120, 3),
+}
 
 
 @pytest.mark.parametrize('sizes', LONG.values(), ids=LONG)
 def test_long_attention_in_pieces_is_the_products_with_its_gradients(sizes):
-    batch, length, keys = sizes
+    batch, length, keys, dims = sizes
     rng = np.random.default_rng(0)
+    mask = dims and jnp.asarray(rng.random((batch, length, keys)[-dims:]) < 0.5)
     q, k, v = (
         jnp.asarray(rng.standard_normal((batch, n, 2, 4)), np.float32) for n in (length, keys, keys)
     )
 
     def value(products, *inputs):
-        out = Attention(products).apply({}, *inputs)
+        out = Attention(products).apply({}, *inputs, mask)
         return jnp.sum(out * jnp.cos(jnp.arange(out.size).reshape(out.shape))), out
 
     results = [
