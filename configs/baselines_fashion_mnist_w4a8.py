@@ -13,19 +13,14 @@ from dmq_jax.config import base, student, with_sampler
 def get_config():
     """Options of the run; all defaults are in `dmq_jax.config`."""
     quant = {'weight_bits': 4, 'activation_bits': 8, 'coverage': 'full', 'softmax_bits': 8}
-    learning = {'rounding_learning_rate': 2e-2}
     reconstruct = {'num_iterations': 500, 'num_timesteps': 10, 'num_images': 64}
     config = base()
     config.students = {
         'rtn': student(quant=quant),
         'repq_vit': student('repq_vit', quant=quant),
         'svdquant': student('svdquant', quant=quant),
-        'ptqd': student(
-            {'name': 'ptqd', 'learning': learning}, quant=quant, reconstruct=reconstruct
-        ),
-        'tfmq_dm': student(
-            {'name': 'tfmq_dm', 'learning': learning}, quant=quant, reconstruct=reconstruct
-        ),
+        'ptqd': student('ptqd', quant=quant, reconstruct=reconstruct),
+        'tfmq_dm': student('tfmq_dm', quant=quant, reconstruct=reconstruct),
         'lsq': student('lsq', quant=quant, finetune={'num_iterations': 1000}),
     }
     return with_sampler(config, eta=1.0)

@@ -25,7 +25,6 @@ SETTINGS = {
 
 def cells():
     """The methods, by name: their options, and how long they learn."""
-    learning = {'rounding_learning_rate': 2e-2}
     blocks = {'num_iterations': 100, 'num_timesteps': 10, 'num_images': 64}
     tuned = {'num_iterations': 150}
     adapt = {'num_iterations': 150, 'images': 'teacher', 'num_images': 256}
@@ -35,13 +34,13 @@ def cells():
         'repq_vit': {'method': 'repq_vit'},
         'svdquant': {'method': 'svdquant'},
         'qdiffusion': {
-            'method': {'name': 'qdiffusion', 'learning': learning}, 'reconstruct': blocks,
+            'method': 'qdiffusion', 'reconstruct': blocks,
             'quant': {'per_timestep': False, 'split_shortcuts': True},
         },
-        'tfmq_dm': {'method': {'name': 'tfmq_dm', 'learning': learning}, 'reconstruct': blocks},
-        'ptqd': {'method': {'name': 'ptqd', 'learning': learning}, 'reconstruct': blocks},
+        'tfmq_dm': {'method': 'tfmq_dm', 'reconstruct': blocks},
+        'ptqd': {'method': 'ptqd', 'reconstruct': blocks},
         'tcaq_dm': {
-            'method': {'name': 'tcaq_dm', 'learning': learning},
+            'method': 'tcaq_dm',
             'reconstruct': blocks | {'num_rounds': 2}, 'quant': {'per_timestep': False},
         },
         'efficientdm': {'method': 'efficientdm', 'finetune': tuned},

@@ -5,7 +5,7 @@
 
 Every layer is quantized, as in the paper, with one activation scale for all timesteps, and layers
 fed with a skip are quantized in two parts. 500
-iterations per block in place of the paper's 20,000, and rates that fit them.
+iterations per block in place of the paper's 20,000.
 """
 
 from dmq_jax.config import base, student, with_sampler
@@ -17,17 +17,16 @@ def get_config():
         'weight_bits': 4, 'activation_bits': 8, 'coverage': 'full', 'per_timestep': False,
         'split_shortcuts': True,
     }  # fmt: skip
-    learning = {'rounding_learning_rate': 2e-2}
     reconstruct = {'num_iterations': 500, 'num_timesteps': 10, 'num_images': 64}
     config = base()
     config.students = {
         'rtn': student(quant=quant),
         'rounding': student(
-            {'name': 'qdiffusion', 'learning': learning | {'input_share': 0.0}},
+            {'name': 'qdiffusion', 'learning': {'input_share': 0.0}},
             quant=quant, reconstruct=reconstruct,
         ),
         'qdiffusion': student(
-            {'name': 'qdiffusion', 'learning': learning}, quant=quant, reconstruct=reconstruct
+            'qdiffusion', quant=quant, reconstruct=reconstruct
         ),
     }  # fmt: skip
     return with_sampler(config, eta=1.0)

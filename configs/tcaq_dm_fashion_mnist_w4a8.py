@@ -16,12 +16,11 @@ def get_config():
         'weight_bits': 4, 'activation_bits': 8, 'coverage': 'full', 'per_timestep': False,
         'softmax_bits': 8,
     }  # fmt: skip
-    learning = {'rounding_learning_rate': 2e-2}
     reconstruct = {
         'num_iterations': 500, 'batch_size': 16, 'num_timesteps': 10, 'num_images': 64,
         'num_rounds': 2,
     }  # fmt: skip
-    method = {'name': 'tcaq_dm', 'learning': learning}
+    method = 'tcaq_dm'
     config = base()
     config.students = {
         'tcaq_dm': student(method, quant=quant, reconstruct=reconstruct),

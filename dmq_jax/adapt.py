@@ -24,6 +24,7 @@ from dmq_jax.diffusion import samplers
 from dmq_jax.diffusion.schedule import alphas_cumprod
 from dmq_jax.files import images as images_lib
 from dmq_jax.methods.base import (
+    Decay,
     Method,
     Prediction,
     State,
@@ -262,7 +263,7 @@ def run(
         )
     dropout = config.label_dropout if labels is not None else 0.0
     loss = make_loss(teacher, method, plan, timesteps, lookup, dropout, config.remat)
-    optimizer = method.optimizer(state, _cosine(config.num_iterations))
+    optimizer = method.optimizer(state, Decay(config.num_iterations))
 
     train_step = make_train_step(loss, optimizer, config.batch_size, key, device_mesh)
     constants = make_constants(teacher, method, state, plan)
@@ -279,8 +280,3 @@ def run(
             checkpoints=checkpoints, writer=writer, description=description,
         )  # fmt: skip
     return Adapted(mesh.fetch(device_mesh, train.state), duration_s)
-
-
-def _cosine(num_iterations: int) -> optax.Schedule:
-    """The learning rates' common factor, from 1 to 0 over the run."""
-    return optax.cosine_decay_schedule(1.0, max(num_iterations, 1))

@@ -247,7 +247,7 @@ def finetuning_step(
     timesteps = np.linspace(990, 0, TABLE_STEPS).astype(np.int32)
     sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
     loss = finetune.make_loss(teacher, method, plan, timesteps, 'nearest', config)
-    decay = finetune.make_decay(config)
+    decay = base.Decay(config.num_iterations, config.schedule)
 
     def start(params, stats):
         state = method.init(params, stats, jax.random.key(0))

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from dmq_jax import denoisers, descent
 from dmq_jax.config import FinetuneConfig
 from dmq_jax.diffusion import samplers
-from dmq_jax.methods.base import Method, Prediction, State
+from dmq_jax.methods.base import Decay, Method, Prediction, State
 from dmq_jax.quant.plan import Plan
 from dmq_jax.quant.rows import per_image
 from dmq_jax.runtime import log, mesh, programs
@@ -67,13 +67,6 @@ class Finetuned(NamedTuple):
     state: State
     duration_s: float
     memory_mb: float | None = None
-
-
-def make_decay(config: FinetuneConfig) -> optax.Schedule:
-    """The learning rates' common factor, from 1 to 0 over the run."""
-    if config.schedule == 'cosine':
-        return optax.cosine_decay_schedule(1.0, max(config.num_iterations, 1))
-    return optax.linear_schedule(1.0, 0.0, max(config.num_iterations, 1))
 
 
 def slot_keys(key: Key[Array, ''], rounds: Int[Array, 'B']) -> Key[Array, 'B']:
@@ -280,7 +273,7 @@ def run(
     """
     mesh.check_batch_size(device_mesh, config.batch_size, name='finetune.batch_size')
     sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
-    optimizer = method.optimizer(state, make_decay(config))
+    optimizer = method.optimizer(state, Decay(config.num_iterations, config.schedule))
     loss = make_loss(teacher, method, plan, timesteps, lookup, config)
     train_step = make_train_step(teacher, loss, optimizer, config, device_mesh)
     params = mesh.shard_weights(device_mesh, teacher.params)

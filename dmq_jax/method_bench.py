@@ -272,7 +272,7 @@ def finetuning_step(
     key = jax.random.key(0)
     options = FinetuneConfig(num_iterations=1000, batch_size=batch_size)
     sampler = denoisers.make_denoiser_sampler(teacher, options.sampler)
-    optimizer = method.optimizer(state, finetune.make_decay(options))
+    optimizer = method.optimizer(state, base.Decay(options.num_iterations, options.schedule))
     loss = finetune.make_loss(teacher, method, plan, timesteps, 'nearest', options)
     step = finetune.make_train_step(teacher, loss, optimizer, options)
     positions = finetune.start_positions(teacher, sampler, options, teacher.params, key)
@@ -296,7 +296,7 @@ def _finetuning(setup: Setup, config: BenchConfig) -> Timed:
 def _adapting(setup: Setup, config: BenchConfig, remat: str = AdaptConfig().remat) -> Timed:
     teacher, method = setup.teacher, setup.method
     loss = adapt.make_loss(teacher, method, setup.plan, setup.timesteps, 'nearest', 0.0, remat)
-    optimizer = method.optimizer(setup.state, lambda step: 1.0)
+    optimizer = method.optimizer(setup.state, base.Decay(config.num_rounds))
     step = adapt.make_train_step(
         loss, optimizer, config.batch_size, jax.random.key(0), mesh.make_mesh(1)
     )

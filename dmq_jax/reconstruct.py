@@ -29,6 +29,7 @@ from dmq_jax.config import ReconstructConfig
 from dmq_jax.examples import Recorder
 from dmq_jax.methods.base import (
     Bound,
+    Decay,
     Method,
     Phase,
     State,
@@ -79,6 +80,8 @@ class BlockStep(NamedTuple):
       learn: compiled when called: `(part, moments, params, examples, j) -> (part, moments, error)`,
         iteration j; it takes `part` and `moments` over.
       error: `(part, params, examples) -> scalar`, of the block as it is exported.
+      mean_error: `(part, params, examples) -> [C]`, of target - output of the same block, if it is
+        one layer.
       part: of the state, which is learnt.
       moments: of the optimizer.
       examples: what the block is shown.
@@ -87,6 +90,7 @@ class BlockStep(NamedTuple):
 
     learn: Callable[..., tuple[State, PyTree, Array]]
     error: Callable[..., Array]
+    mean_error: Callable[..., Array]
     part: State
     moments: PyTree
     examples: PyTree
@@ -286,7 +290,7 @@ def make_block_step(
         value = error(params, phase.bind(params, part, progressed), batch)
         return value + phase.penalty(part, progressed)
 
-    optimizer = phase.optimizer(part, _cosine(num_iterations))
+    optimizer = phase.optimizer(part, Decay(num_iterations))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
     def learn(part, moments, params, examples, j):
@@ -313,12 +317,26 @@ def make_block_step(
         batch = jax.tree.map(lambda leaf: leaf[few.astype(np.int32)], examples)
         return error(params, task.method.bind(params, part), batch)
 
+    @jax.jit
+    def mean_error(part, params, examples):
+        part, params = whole(part), whole(params)
+        bound, count = task.method.bind(params, part), examples.t.size
+        size = min(task.config.batch_size, count)
+
+        def mean(start):
+            indices = (start + jnp.arange(size)) % count
+            batch = mesh.split(device_mesh, jax.tree.map(lambda leaf: leaf[indices], examples))
+            left = batch.target - outputs(params, bound, batch.args, batch.kwargs, batch.t)
+            return jnp.mean(left.astype(jnp.float32), axis=tuple(range(left.ndim - 1)))
+
+        return jnp.mean(jax.lax.map(mean, jnp.arange(0, count, size)), axis=0)
+
     learnt = part, optimizer.init(part)
     # A copy: the step donates its state, and moments may be one array of zeros.
     part, moments = jax.tree.map(
         jnp.copy, mesh.place(learnt, mesh.shardings(device_mesh, learnt, _STATE_RULES))
     )
-    return BlockStep(learn, measure, part, moments, examples, num_iterations)
+    return BlockStep(learn, measure, mean_error, part, moments, examples, num_iterations)
 
 
 def _learn_block(task, phase, block, state, inputs, i, *, key):
@@ -337,8 +355,14 @@ def _learn_block(task, phase, block, state, inputs, i, *, key):
                 f'block {block.name!r}: the error is {float(value)} at iteration {j + 1} of '
                 f'{phase.name}; lower the learning rates, or check the calibration.'
             )
+    if phase.correct is not None and _is_one_layer(block):
+        part = phase.correct(part, step.mean_error(part, task.params, step.examples))
     after = float(step.error(part, task.params, step.examples))
     return merge(state, mesh.fetch(task.device_mesh, part)), (before, after)
+
+
+def _is_one_layer(block):
+    return block.layers == (block.path,) and not block.fixed
 
 
 def _part_of(params: PyTree, path: str) -> PyTree:
@@ -360,8 +384,3 @@ def _inside(by_path: Mapping[str, Any], block: Block) -> dict[str, Any]:
 def _distance(norm, output, target):
     difference = jnp.abs((output - target).astype(jnp.float32))
     return jnp.mean(jnp.sum(difference**norm, axis=-1))
-
-
-def _cosine(num_iterations):
-    """The learning rates' common factor, from 1 to 0."""
-    return lambda step: 0.5 * (1 + jnp.cos(jnp.pi * step / max(num_iterations, 1)))

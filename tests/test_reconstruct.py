@@ -155,6 +155,19 @@ def test_the_whole_network_is_nearer_to_the_teacher(teacher, plan, learnt, input
     assert after < 0.85 * before, f'{before:.3g} -> {after:.3g}'
 
 
+def test_the_last_layer_is_left_without_a_mean_error(teacher, plan, learnt):
+    inputs = trajectories.load_inputs(learnt.folder / 'inputs_0.npz')
+    target = teacher.predict(teacher.params, inputs.x, inputs.t)
+
+    def mean_error(state):
+        bound = jax.jit(learnt.method.bind)(teacher.params, state)
+        student = denoisers.fake_student(teacher, plan, bound, TIMESTEPS, 'nearest')
+        return np.abs(np.mean(student.predict(student.params, *inputs) - target, axis=(0, 1, 2)))
+
+    # Where it learnt, in sums of another order.
+    assert mean_error(learnt.state) < 1e-5 < 1e-3 < mean_error(learnt.start)
+
+
 def test_a_finished_run_is_not_repeated(learnt):
     again = learnt.run()
     jax.tree.map(np.testing.assert_array_equal, again.state, learnt.state)

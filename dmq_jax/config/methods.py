@@ -95,7 +95,9 @@ class LSQConfig:
 class BlockLearningConfig:
     """How block reconstruction learns: AdaRound and LSQ as BRECQ's code has them."""
 
-    rounding_learning_rate: float = 1e-3  # Adam, of the variables that decide the rounding
+    # Adam, of the variables that decide the rounding; None: 20 over the iterations, as the papers'
+    # 1e-3 over 20,000, so that all get where they are decided, 2.4 from the middle
+    rounding_learning_rate: float | None = None
     penalty_weight: float = 0.01  # of what drives every decision to 0 or 1, beside the error
     warm_up: float = 0.2  # share of the iterations without that penalty
     beta_start: float = 20.0  # exponent of the penalty after the warm-up...
@@ -103,9 +105,14 @@ class BlockLearningConfig:
     input_share: float = 0.25  # iterations for the scales of activations per one for the rounding
     input_scale_learning_rate: float = 4e-3  # Adam, per unit of each activation scale
     input_error_norm: float = 2.4  # exponent of the error that the scales are learnt with
+    # a layer that is a block by itself takes the mean error it is left with into its bias: that of
+    # the last layer adds up over a trajectory
+    correct_bias: bool = True
 
     def __post_init__(self):
-        check_at_least(self, 0, 'rounding_learning_rate', 'input_scale_learning_rate')
+        check_at_least(self, 0, 'input_scale_learning_rate')
+        if self.rounding_learning_rate is not None:
+            check_at_least(self, 0, 'rounding_learning_rate')
         check_at_least(self, 0, 'penalty_weight', 'beta_start', 'beta_end', 'input_share')
         check_at_least(self, 1, 'input_error_norm')
         check(0 <= self.warm_up < 1, f'warm_up={self.warm_up}: expected 0..1 (below 1).')

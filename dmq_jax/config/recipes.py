@@ -39,8 +39,6 @@ _QUICK: Mapping[str, Mapping[str, Any]] = types.MappingProxyType(
         'adapt': {'num_iterations': 400},
     }
 )
-# The papers' rate is for 20,000 iterations.
-_QUICK_ROUNDING = 2e-2
 # What a paper asks of a stage besides.
 _ASKED = {('tcaq_dm', 'reconstruct'): {'num_rounds': 2}}
 
@@ -57,8 +55,6 @@ def quick(method: str) -> dict[str, dict[str, Any]]:
     options = method_options(method)
     name = options['name']
     stage = LEARNS_BY.get(name)
-    if stage == 'reconstruct':
-        options = {'learning': {'rounding_learning_rate': _QUICK_ROUNDING}} | options
     return {'method': options} | ({stage: quick_stage(stage, name)} if stage else {})
 
 

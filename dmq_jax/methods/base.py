@@ -129,6 +129,8 @@ class Phase(NamedTuple):
       optimizer: as `Method.optimizer`; what the pass does not learn stands still.
       norm: exponent of the error |output - target|^norm.
       share: iterations of this pass for each one that the run asks for.
+      correct: `(state, error) -> state`, after the pass of a block that is one layer: takes in the
+        mean of target - output, of each channel [C]; None: it stays.
     """
 
     name: str
@@ -138,6 +140,7 @@ class Phase(NamedTuple):
     optimizer: Callable[[State, optax.Schedule], optax.GradientTransformation]
     norm: float = 2.0
     share: float = 1.0
+    correct: Callable[[State, Float[Array, 'C']], State] | None = None
 
 
 class JointBlock(NamedTuple):
@@ -225,7 +228,7 @@ def num_trained(state: State, optimizers: Iterable[Callable[[State, optax.Schedu
     def moves(state: State) -> PyTree:
         found = jax.tree.map(lambda leaf: jnp.zeros((), bool), state)
         for make in optimizers:
-            optimizer = make(state, lambda step: 1.0)
+            optimizer = make(state, Decay(1))
             slope = jax.tree.map(jnp.ones_like, state)
             with jax.numpy_dtype_promotion('standard'):
                 updates, _ = optimizer.update(slope, optimizer.init(state), state)
@@ -235,6 +238,25 @@ def num_trained(state: State, optimizers: Iterable[Callable[[State, optax.Schedu
     found = jax.jit(moves)(jax.tree.map(lambda leaf: jnp.ones(leaf.shape), state))
     pairs = zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True)
     return sum(leaf.size for leaf, has_moved in pairs if has_moved)
+
+
+class Decay(NamedTuple):
+    """The common factor of learning rates: an `optax.Schedule`, from 1 to 0 over a run.
+
+    Attributes:
+      num_iterations: of the run.
+      kind: 'cosine' or 'linear'.
+    """
+
+    num_iterations: int
+    kind: str = 'cosine'
+
+    def __call__(self, step: Any) -> Any:
+        """The factor after so many steps."""
+        steps = max(self.num_iterations, 1)
+        if self.kind == 'cosine':
+            return optax.cosine_decay_schedule(1.0, steps)(step)
+        return optax.linear_schedule(1.0, 0.0, steps)(step)
 
 
 def decayed(rate: float, decay: optax.Schedule) -> optax.GradientTransformation:

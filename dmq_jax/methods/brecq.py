@@ -22,6 +22,7 @@ from dmq_jax.config import BlockLearningConfig
 from dmq_jax.methods import base
 from dmq_jax.methods.efficientdm import scale_by_row_adam
 from dmq_jax.quant import numerics
+from dmq_jax.quant import plan as plan_lib
 from dmq_jax.quant.plan import Plan
 from dmq_jax.quant.tensor import QuantSpec, expand
 
@@ -31,6 +32,10 @@ Codes = Callable[..., Array]  # (kernel, v, scale, zero_point, spec) -> codes
 STRETCH = -0.1, 1.1
 # Fractions this close to 0 or 1 would need an infinite V in float32 arithmetic at the far end.
 _EPSILON = 1e-6
+# What Adam can move a V by in a run whose rate is not given: 20,000 iterations at 1e-3, as BRECQ's.
+# A tenth of it leaves a third of all weights undecided, which rounding then moves at random: a last
+# layer with a mean error of a tenth, and images that are lost.
+_REACH = 20.0
 # A scale may shrink to this share of its first value, never to zero or below.
 _SMALLEST_SHARE = 0.05
 
@@ -101,11 +106,14 @@ def beta_at(
     return start + (end - start) * jnp.minimum(share, 1.0)
 
 
-def init_state(plan: Plan, kernels: Mapping[str, Array], inputs: base.Tables) -> base.State:
+def init_state(
+    plan: Plan, params: PyTree, kernels: Mapping[str, Array], inputs: base.Tables
+) -> base.State:
     """Rounding to nearest, from which `phases` learn.
 
     Args:
       plan: layers not marked trainable keep their calibration.
+      params: of the float network.
       kernels: what is rounded, by path of the layer.
       inputs: calibrated tables of the activations.
     """
@@ -122,25 +130,33 @@ def init_state(plan: Plan, kernels: Mapping[str, Array], inputs: base.Tables) ->
             for path, roles in inputs.items()
             if plan[path].trainable
         },
+        # What the mean error of a layer's output adds to its bias.
+        'offset': {
+            path: jnp.zeros(base.get_leaf(params, f'{path}/bias').shape, jnp.float32)
+            for path in weights
+            if plan[path].trainable and _has_bias(params, path)
+        },
         'calibrated': {'weight': weights, 'input': inputs},
     }
 
 
-def bind(
-    plan: Plan, kernel_at: Callable[[str], Array], state: base.State, codes: Codes
-) -> base.Bound:
+def _has_bias(params, path):
+    return plan_lib.part_at(path) is None and 'bias' in base.get_leaf(params, path)
+
+
+def bind(plan: Plan, params: PyTree, state: base.State, codes: Codes) -> base.Bound:
     """The network of a state, or the part of it that a part of the state stands for.
 
     Args:
       plan: of the method.
-      kernel_at: what is rounded, by path of the layer.
+      params: whose kernels are rounded.
       state: from `init_state`.
       codes: `hard_codes`, or `soft_codes` while they are learnt.
     """
     calibrated = jax.lax.stop_gradient(state['calibrated'])
     weights = {}
     for path, start in calibrated['weight'].items():
-        kernel, spec = jax.lax.stop_gradient(kernel_at(path)), plan[path]
+        kernel, spec = jax.lax.stop_gradient(base.get_kernel(params, path)), plan[path]
         if path in state['rounding']:
             learnt = codes(kernel, state['rounding'][path], **start, spec=spec.weight)
             weights[path] = base.WeightCodes(learnt, **start)
@@ -153,7 +169,11 @@ def bind(
         }
         for path, roles in calibrated['input'].items()
     }
-    return base.Bound(weights, tables)
+    biases = {
+        f'{path}/bias': base.as_float32(base.get_leaf(params, f'{path}/bias')) + offset
+        for path, offset in jax.lax.stop_gradient(state['offset']).items()
+    }
+    return base.Bound(weights, tables, biases)
 
 
 def _scaled(table, factor):
@@ -179,14 +199,19 @@ def phases(
         total = sum((penalty(v, beta) for v in state['rounding'].values()), jnp.zeros(()))
         return jnp.where(progress < config.warm_up, 0.0, config.penalty_weight * total)
 
+    def correct(state, error):
+        return {**state, 'offset': {path: old + error for path, old in state['offset'].items()}}
+
+    correct = correct if config.correct_bias else None
     rounding = base.Phase(
         'rounding',
         rounds_inputs=False,
         bind=lambda params, state, progress: bind_with(params, state, soft_codes),
         penalty=rounding_penalty,
         optimizer=lambda state, decay: base.per_group(
-            {**dict.fromkeys(state, optax.set_to_zero()), 'rounding': _rounding_rule(config)}
+            {**dict.fromkeys(state, optax.set_to_zero()), 'rounding': _rounding_rule(config, decay)}
         ),
+        correct=correct,
     )
     scales = base.Phase(
         'scales',
@@ -198,6 +223,7 @@ def phases(
         ),
         norm=config.input_error_norm,
         share=config.input_share,
+        correct=correct,
     )
     return rounding, scales
 
@@ -209,14 +235,15 @@ def make_optimizer(
 
     def optimizer(state, decay):
         groups = dict.fromkeys(state, optax.set_to_zero())
-        learnt = {'rounding': _rounding_rule(config), 'input': _input_rule(config, decay)}
+        learnt = {'rounding': _rounding_rule(config, decay), 'input': _input_rule(config, decay)}
         return base.per_group(groups | learnt)
 
     return optimizer
 
 
-def _rounding_rule(config):
-    return optax.adam(config.rounding_learning_rate)
+def _rounding_rule(config, decay):
+    rate = config.rounding_learning_rate
+    return optax.adam(_REACH / max(decay.num_iterations, 1) if rate is None else rate)
 
 
 def _input_rule(config, decay):

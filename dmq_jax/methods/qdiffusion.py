@@ -31,10 +31,10 @@ def make(config: QDiffusionConfig, plan: Plan, num_train_timesteps: int) -> base
             for path, spec in plan.items()
             if spec.weight is not None
         }
-        return brecq.init_state(plan, kernels, base.init_inputs(plan, stats))
+        return brecq.init_state(plan, params, kernels, base.init_inputs(plan, stats))
 
     def bind_with(params, state, codes):
-        return brecq.bind(plan, lambda path: base.get_kernel(params, path), state, codes)
+        return brecq.bind(plan, params, state, codes)
 
     return base.Method(
         init=init,

@@ -38,14 +38,14 @@ def make(config: TCAQDMConfig, plan: Plan, num_train_timesteps: int) -> base.Met
         inputs = adaptive_softmax.init(
             plan, stats, base.init_inputs(plan, stats), config.softmax
         )  # fmt: skip
-        state = brecq.init_state(plan, kernels, inputs)
+        state = brecq.init_state(plan, params, kernels, inputs)
         state['calibrated']['channels'] = factors
         return state
 
     def bind_with(params, state, codes):
         factors = state['calibrated']['channels']
         params = channel_factors.fold(params, factors)
-        bound = brecq.bind(plan, lambda path: base.get_kernel(params, path), state, codes)
+        bound = brecq.bind(plan, params, state, codes)
         return bound._replace(channels=channel_factors.channels(factors))
 
     return base.Method(

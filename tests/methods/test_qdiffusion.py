@@ -2,6 +2,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dmq_jax import methods
 from dmq_jax.config import BlockLearningConfig, QDiffusionConfig, RoundToNearestConfig
@@ -52,13 +53,40 @@ def test_each_phase_moves_its_own_group_alone():
     method, state = start()
     gradients = jax.tree.map(jnp.ones_like, state)
     for phase, group in zip(method.phases, ('rounding', 'input'), strict=True):
-        optimizer = phase.optimizer(state, lambda step: 1.0)
+        optimizer = phase.optimizer(state, base.Decay(1))
         with jax.numpy_dtype_promotion('standard'):
             updates, _ = optimizer.update(gradients, optimizer.init(state), state)
         moved = {
             name for name, tree in updates.items() if any(u.any() for u in jax.tree.leaves(tree))
         }
         assert moved == {group}
+
+
+@pytest.mark.parametrize('num_iterations', [1, 100])
+def test_the_rate_is_what_the_iterations_ask_for_unless_it_is_given(num_iterations):
+    for rate, moved in ((None, 20.0 / num_iterations), (0.3, 0.3)):
+        method, state = start(rounding_learning_rate=rate)
+        optimizer = method.phases[0].optimizer(state, base.Decay(num_iterations))
+        with jax.numpy_dtype_promotion('standard'):
+            updates, _ = optimizer.update(state, optimizer.init(state), state)
+        # Adam's first step is its rate, but for its epsilon.
+        np.testing.assert_allclose(np.abs(updates['rounding']['a']).max(), moved, rtol=1e-5)
+
+
+def test_the_mean_error_of_a_layer_goes_into_its_bias():
+    params = {**PARAMS, 'a': {**PARAMS['a'], 'bias': jnp.arange(5.0)}}
+    method = methods.make(QDiffusionConfig(), PLAN)
+    state = method.init(params, stats(), jax.random.key(0))
+    error = jnp.linspace(-1, 1, 5)
+    for phase in method.phases:
+        state = phase.correct(state, error)
+    bound = method.bind(params, state)
+    np.testing.assert_allclose(bound.params['a/bias'], np.arange(5.0) + 2 * np.asarray(error))
+    assert set(bound.params) == {'a/bias'}  # 'edge' learns nothing
+    uncorrected = methods.make(
+        QDiffusionConfig(learning=BlockLearningConfig(correct_bias=False)), PLAN
+    )
+    assert all(phase.correct is None for phase in uncorrected.phases)
 
 
 def test_the_first_phase_leaves_activations_alone_and_the_second_has_codes():
