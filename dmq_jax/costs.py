@@ -33,6 +33,7 @@ from jaxtyping import PyTree
 from dmq_jax import denoisers, finetune, methods, operations, sampling
 from dmq_jax.config import EfficientDMConfig, FinetuneConfig, QuantConfig, SamplerConfig
 from dmq_jax.diffusion import samplers
+from dmq_jax.methods.base import Decay
 from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import INPUT_ROLES
 from dmq_jax.runtime import mesh, programs
@@ -247,7 +248,7 @@ def finetuning_step(
     timesteps = np.linspace(990, 0, TABLE_STEPS).astype(np.int32)
     sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
     loss = finetune.make_loss(teacher, method, plan, timesteps, 'nearest', config)
-    decay = base.Decay(config.num_iterations, config.schedule)
+    decay = Decay(config.num_iterations, config.schedule)
 
     def start(params, stats):
         state = method.init(params, stats, jax.random.key(0))

@@ -10,6 +10,7 @@ import pytest
 from dmq_jax import denoisers, finetune, methods
 from dmq_jax.config import EfficientDMConfig, FinetuneConfig, QuantConfig, SamplerConfig
 from dmq_jax.diffusion.schedule import Schedule
+from dmq_jax.methods.base import Decay
 from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import INPUT_ROLES
@@ -64,7 +65,7 @@ def make_step(problem, config):
     """(compiled step, its first train state, sampler), on the default device."""
     teacher, method, state, plan = problem
     sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
-    optimizer = method.optimizer(state, base.Decay(config.num_iterations, config.schedule))
+    optimizer = method.optimizer(state, Decay(config.num_iterations, config.schedule))
     loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', config)
     step = finetune.make_train_step(teacher, loss, optimizer, config)
     positions = finetune.start_positions(
@@ -333,7 +334,7 @@ def compile_step(problem, **sizes):
     teacher, method, state, plan = problem
     config, device_mesh = make_config(), mesh.make_mesh(**sizes)
     sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
-    optimizer = method.optimizer(state, base.Decay(config.num_iterations, config.schedule))
+    optimizer = method.optimizer(state, Decay(config.num_iterations, config.schedule))
     loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', config)
     step = finetune.make_train_step(teacher, loss, optimizer, config, device_mesh)
     key = jax.random.key(KEY_SEED)
