@@ -130,13 +130,16 @@ def init_state(
             for path, roles in inputs.items()
             if plan[path].trainable
         },
-        # What the mean error of a layer's output adds to its bias.
-        'offset': {
-            path: jnp.zeros(base.get_leaf(params, f'{path}/bias').shape, jnp.float32)
-            for path in weights
-            if plan[path].trainable and _has_bias(params, path)
+        'calibrated': {
+            'weight': weights,
+            'input': inputs,
+            # What the mean error of a layer's output adds to its bias.
+            'offset': {
+                path: jnp.zeros(base.get_leaf(params, f'{path}/bias').shape, jnp.float32)
+                for path in weights
+                if plan[path].trainable and _has_bias(params, path)
+            },
         },
-        'calibrated': {'weight': weights, 'input': inputs},
     }
 
 
@@ -171,7 +174,7 @@ def bind(plan: Plan, params: PyTree, state: base.State, codes: Codes) -> base.Bo
     }
     biases = {
         f'{path}/bias': base.as_float32(base.get_leaf(params, f'{path}/bias')) + offset
-        for path, offset in jax.lax.stop_gradient(state['offset']).items()
+        for path, offset in calibrated['offset'].items()
     }
     return base.Bound(weights, tables, biases)
 
@@ -200,7 +203,9 @@ def phases(
         return jnp.where(progress < config.warm_up, 0.0, config.penalty_weight * total)
 
     def correct(state, error):
-        return {**state, 'offset': {path: old + error for path, old in state['offset'].items()}}
+        calibrated = state['calibrated']
+        offset = {path: old + error for path, old in calibrated['offset'].items()}
+        return {**state, 'calibrated': {**calibrated, 'offset': offset}}
 
     correct = correct if config.correct_bias else None
     rounding = base.Phase(
