@@ -25,8 +25,6 @@ def get_config():
             {'name': 'qdiffusion', 'learning': {'input_share': 0.0}},
             quant=quant, reconstruct=reconstruct,
         ),
-        'qdiffusion': student(
-            'qdiffusion', quant=quant, reconstruct=reconstruct
-        ),
+        'qdiffusion': student('qdiffusion', quant=quant, reconstruct=reconstruct),
     }  # fmt: skip
     return with_sampler(config, eta=1.0)

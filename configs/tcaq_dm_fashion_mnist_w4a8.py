@@ -20,7 +20,7 @@ def get_config():
         'num_iterations': 500, 'batch_size': 16, 'num_timesteps': 10, 'num_images': 64,
         'num_rounds': 2,
     }  # fmt: skip
-    method = 'tcaq_dm'
+    method = {'name': 'tcaq_dm'}
     config = base()
     config.students = {
         'tcaq_dm': student(method, quant=quant, reconstruct=reconstruct),

@@ -247,7 +247,7 @@ def test_options_of_a_stage_make_the_method_learn_by_it():
     _, numbers = described('qlora', 0, finetune={'num_iterations': 5})
     assert numbers == {'finetune': 5}
     learning = described('qdiffusion', method_options={'learning': {'warm_up': 0.5}})[0].method
-    assert learning.learning.warm_up == 0.5
+    assert (learning.learning.warm_up, learning.learning.rounding_learning_rate) == (0.5, None)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ penalty sum(1 - |2 h(V) - 1|^beta) with a falling beta drives h to 0 or 1. In us
 a network whose V has not learnt is rounded to nearest.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -106,21 +106,18 @@ def beta_at(
     return start + (end - start) * jnp.minimum(share, 1.0)
 
 
-def init_state(
-    plan: Plan, params: PyTree, kernels: Mapping[str, Array], inputs: base.Tables
-) -> base.State:
+def init_state(plan: Plan, params: PyTree, inputs: base.Tables) -> base.State:
     """Rounding to nearest, from which `phases` learn.
 
     Args:
       plan: layers not marked trainable keep their calibration.
-      params: of the float network.
-      kernels: what is rounded, by path of the layer.
+      params: whose kernels are rounded.
       inputs: calibrated tables of the activations.
     """
-    weights = base.calibrate_kernels(plan, kernels)
+    weights = base.init_weights(plan, params)
     return {
         'rounding': {
-            path: init(kernels[path], start['scale'])
+            path: init(base.get_kernel(params, path), start['scale'])
             for path, start in weights.items()
             if plan[path].trainable
         },

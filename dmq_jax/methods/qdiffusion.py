@@ -26,12 +26,7 @@ def make(config: QDiffusionConfig, plan: Plan, num_train_timesteps: int) -> base
 
     def init(params, stats, key):
         del key
-        kernels = {
-            path: base.get_kernel(params, path)
-            for path, spec in plan.items()
-            if spec.weight is not None
-        }
-        return brecq.init_state(plan, params, kernels, base.init_inputs(plan, stats))
+        return brecq.init_state(plan, params, base.init_inputs(plan, stats))
 
     def bind_with(params, state, codes):
         return brecq.bind(plan, params, state, codes)

@@ -30,15 +30,10 @@ def make(config: TCAQDMConfig, plan: Plan, num_train_timesteps: int) -> base.Met
         factors = channel_factors.init(plan, params, stats, config.channels)
         params = channel_factors.fold(params, factors)
         stats = channel_factors.scale_stats(stats, factors)
-        kernels = {
-            path: base.get_kernel(params, path)
-            for path, spec in plan.items()
-            if spec.weight is not None
-        }
         inputs = adaptive_softmax.init(
             plan, stats, base.init_inputs(plan, stats), config.softmax
         )  # fmt: skip
-        state = brecq.init_state(plan, params, kernels, inputs)
+        state = brecq.init_state(plan, params, inputs)
         state['calibrated']['channels'] = factors
         return state
 
