@@ -1,5 +1,6 @@
 """Strict JAX, eight CPU devices, and programs that are compiled quickly, for every test."""
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -24,6 +25,9 @@ if _CACHE not in os.environ:
     _own_cache = os.environ[_CACHE] = tempfile.mkdtemp(prefix='dmq_jax_compiled_')
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
+# Where in Python an operation comes from is written into every program, and no test reads it.
+os.environ.setdefault('JAX_TRACEBACK_IN_LOCATIONS_LIMIT', '0')
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -42,6 +46,9 @@ def pytest_configure(config):
     What fuses for the CPU, and what LLVM makes of it, is left out; all else that XLA does to a
     program, its partitioning above all, is what users have. 'slow' and 'gpu' tests run as users do.
     """
+    # Tracing makes and drops objects by the million, none of them in cycles: collecting as often as
+    # Python does by itself takes a fifteenth of the time.
+    gc.set_threshold(50_000, 20, 50)
     expression = config.option.markexpr
     if 'not slow' in expression and 'not gpu' in expression:
         os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
@@ -49,6 +56,8 @@ def pytest_configure(config):
         # Half of what is left; newer versions do not know this flag, and stop at it.
         if importlib.metadata.version('jaxlib').startswith('0.10.'):
             _add_flag('--xla_cpu_use_fusion_emitters=false')
+            # There is a worker for every core already.
+            _add_flag('--xla_cpu_parallel_codegen_split_count=1')
 
 
 # A file goes to one worker as a whole: those of minutes come first, so that none is left alone at
@@ -67,6 +76,11 @@ def pytest_collection_modifyitems(config, items):
     folder = Path(__file__).parent
     places = {folder / name: place for place, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def pytest_collection_finish():
+    """What stays to the end, modules and thousands of tests, is not searched for garbage."""
+    gc.freeze()
 
 
 @pytest.hookimpl(trylast=True)
