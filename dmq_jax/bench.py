@@ -184,9 +184,23 @@ def load_model(name: str, dtype: str = 'float32') -> denoisers.Denoiser:
         schedule=Schedule(kind='linear'), prediction='eps', image_shape=image_shape,
         num_classes=num_classes,
     )  # fmt: skip
-    return denoisers.float_denoiser(
-        network, denoisers.init_params(network, info, jax.random.key(0)), info
+    shapes = jax.eval_shape(
+        lambda key: denoisers.init_params(network, info, key), jax.random.key(0)
     )
+    return denoisers.float_denoiser(network, random_params(shapes), info)
+
+
+def random_params(shapes: PyTree) -> PyTree:
+    """Weights of the size of Flax's own, drawn without a program that would have to be compiled."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        if leaf.ndim < 2:
+            return jnp.full(leaf.shape, float(path[-1].key == 'scale'))
+        numbers = rng.standard_normal(leaf.shape, np.float32)
+        return jnp.asarray(numbers / np.sqrt(np.prod(leaf.shape[:-1])))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def stored_as(params: PyTree, dtype: str) -> PyTree:
@@ -240,9 +254,8 @@ def make_programs(
 
     def begin(options):
         method = methods.make(options, plan)
-        return method, jax.jit(method.init)(
-            teacher.params, method_bench.made_up_stats(plan, layers), key
-        )
+        stats = method_bench.made_up_stats(plan, layers)
+        return method, programs_lib.call_once(method.init, teacher.params, stats, key)
 
     def finetuning():
         method, state = begin(EfficientDMConfig())
@@ -257,7 +270,7 @@ def make_programs(
     @functools.cache
     def student():
         method, state = begin(RoundToNearestConfig())
-        bound = jax.jit(method.bind)(teacher.params, state)
+        bound = programs_lib.call_once(method.bind, teacher.params, state)
         exported = exporting.make(teacher, plan, bound, timesteps, 'nearest')
         exported = exported._replace(params=stored_as(exported.params, config.dtype))
         return exporting.denoiser(exported, 'integer')

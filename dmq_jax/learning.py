@@ -31,7 +31,7 @@ from dmq_jax.config import AdaptConfig, Config, StudentConfig
 from dmq_jax.files import images as images_lib
 from dmq_jax.methods import base
 from dmq_jax.quant import plan as plan_lib
-from dmq_jax.runtime import memory, mesh
+from dmq_jax.runtime import memory, mesh, programs
 
 # Of a run; their order decides their random numbers.
 STAGES = ('calibrate', 'finetune', 'export', 'sample', 'evaluate', 'analyse', 'report')
@@ -182,7 +182,7 @@ def learn(context: Run, name: str) -> Learnt:
     # The same key for all: students that differ in one option start from the same numbers.
     key = context.key('finetune')
     inputs = context.teacher.params, stats.stats, key
-    state = jax.jit(method.init)(*inputs)
+    state = programs.call_once(method.init, *inputs)
     took = []
     folder, options = student_folder(context, name), student_options(context, student)
 
@@ -306,7 +306,7 @@ def pack(context: Run, name: str) -> tuple[exporting.Exported, dict[str, Any]]:
     student = context.config.students[name]
     stats = calibration(context)
     learnt = learn(context, name)
-    bound = jax.jit(learnt.method.bind)(context.teacher.params, learnt.state)
+    bound = programs.call_once(learnt.method.bind, context.teacher.params, learnt.state)
     shared = context.plans[name], stats.timesteps, student.quant.timestep_lookup
     bound = correct.run(
         context.teacher, learnt.method, bound, *shared, context.config.calibrate,

@@ -187,7 +187,7 @@ def set_up(teacher: denoisers.Denoiser, case: Case) -> Setup:
     method = methods.make(case.method, plan, teacher.info.schedule.num_train_timesteps)
     stats = made_up_stats(plan, layers)
     timesteps = np.linspace(990, 0, TABLE_STEPS).astype(np.int32)
-    state = jax.jit(method.init)(teacher.params, stats, jax.random.key(0))
+    state = programs.call_once(method.init, teacher.params, stats, jax.random.key(0))
     return Setup(teacher, method, plan, timesteps, state, stats)
 
 
@@ -201,7 +201,8 @@ def measure(load: Callable[[], denoisers.Denoiser], case: Case, config: BenchCon
     """
     setup = set_up(load(), case)
     exported = exporting.make(
-        setup.teacher, setup.plan, jax.jit(setup.method.bind)(setup.teacher.params, setup.state),
+        setup.teacher, setup.plan,
+        programs.call_once(setup.method.bind, setup.teacher.params, setup.state),
         setup.timesteps, 'nearest',
     )  # fmt: skip
     set_mb = None
@@ -275,8 +276,7 @@ def finetuning_step(
     optimizer = method.optimizer(state, base.Decay(options.num_iterations, options.schedule))
     loss = finetune.make_loss(teacher, method, plan, timesteps, 'nearest', options)
     step = finetune.make_train_step(teacher, loss, optimizer, options)
-    positions = finetune.start_positions(teacher, sampler, options, teacher.params, key)
-    start = finetune.TrainState(state, optimizer.init(state), positions, jnp.zeros((), jnp.int32))
+    start = finetune.start_state(teacher, sampler, options, optimizer, state, teacher.params, key)
     # Donated: the teacher's leaves must survive.
     return step, (jax.tree.map(jnp.copy, start), teacher.params, sampler, key)
 

@@ -6,7 +6,7 @@ scale per output serves the whole sum.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -26,6 +26,7 @@ from dmq_jax.quant.codes import (
     make_epilogue,
     real_kernel,
 )
+from dmq_jax.quant.order import not_before
 from dmq_jax.quant.plan import LayerSpec, Part
 from dmq_jax.quant.rows import Rows, fake_quantize_input, per_image, scale_channels
 from dmq_jax.quant.tensor import QuantSpec, expand
@@ -95,10 +96,7 @@ def straight_through_layer(
         y = scale_channels(y, channels, 'output')
         return _with_bias(module, y, part).astype(module.dtype or x.dtype)
 
-    # A checkpoint for each layer: only `x` and the codes wait for the backward pass, and what is
-    # repeated there is repeated when this layer's turn comes, one layer at a time.
-    @jax.checkpoint
-    def multiply(x, rows, weight):
+    def multiply(x, rows, weight, channels, bias):
         shape = weight['codes'].shape
         kernel = numerics.dequantize(
             weight['codes'], expand(weight['scale'], shape), expand(weight['zero_point'], shape)
@@ -113,10 +111,40 @@ def straight_through_layer(
                 spec.weight, shape,
             )  # fmt: skip
             value = _accumulate(module, *jax.lax.stop_gradient((x, rows, entry)), spec)
-        return products.with_float_gradients(geometry, x_hat, kernel, jax.lax.stop_gradient(value))
+        y = products.with_float_gradients(geometry, x_hat, kernel, jax.lax.stop_gradient(value))
+        y = scale_channels(y, channels, 'output')
+        return y if bias is None else y + _as_last(bias.astype(jnp.float32), y.ndim)
 
-    y = scale_channels(multiply(scaled, rows, dict(weight)), channels, 'output')
-    return _with_bias(module, y, part).astype(module.dtype or x.dtype)
+    y = _keeping_bytes(multiply, spec.weight)(
+        scaled, rows, dict(weight), channels, _bias(module, part)
+    )
+    return y.astype(module.dtype or x.dtype)
+
+
+def _keeping_bytes(multiply: Callable[..., Array], spec: QuantSpec) -> Callable[..., Array]:
+    """`multiply(x, rows, weight, ...)`, which keeps `x` and a byte per code for its gradients.
+
+    All else is computed again when this layer's turn comes: `jax.checkpoint` that keeps an argument
+    in fewer bits. The gradient of `x` comes last: those of the others are sums over activations,
+    which would otherwise wait for the optimizer's update, and the activations with them.
+    """
+    qmin, _ = spec.grid
+    narrow = jnp.int8 if qmin < 0 else jnp.uint8
+
+    def forward(x, rows, weight, *rest):
+        kept = weight | {'codes': weight['codes'].astype(narrow)}
+        return multiply(x, rows, weight, *rest), (x, rows, kept, *rest)
+
+    def backward(kept, g):
+        x, rows, weight, *rest = kept
+        weight = weight | {'codes': weight['codes'].astype(jnp.float32)}
+        x_slope, *slopes = jax.vjp(multiply, x, rows, weight, *rest)[1](g)
+        (x_slope,) = not_before(jax.tree.leaves(slopes), [x_slope])
+        return x_slope, *slopes
+
+    call = jax.custom_vjp(multiply)
+    call.defvjp(forward, backward)
+    return call
 
 
 class _Frozen(NamedTuple):

@@ -16,7 +16,7 @@ import contextlib
 import contextvars
 import functools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -34,6 +34,7 @@ from dmq_jax.quant.integer import (
     scaled_layer,
     straight_through_layer,
 )
+from dmq_jax.quant.order import not_before
 from dmq_jax.quant.plan import (
     INPUT_ROLES,
     LayerSpec,
@@ -289,30 +290,15 @@ def _run_again(run: Callable[..., Array], variables: PyTree, inputs: PyTree) -> 
 
     def backward(leaves, g):
         variables, inputs = leaves[:num_variables], leaves[num_variables:]
-        inputs = _not_before(g, inputs)
+        inputs = not_before(g, inputs)
         slopes = jax.vjp(core.jaxpr_as_fun(traced), *variables, *inputs)[1](g)
         # Sums over activations, which would otherwise wait for the optimizer's update, and the
         # activations with them.
-        late = _not_before(slopes[:num_variables], slopes[num_variables:])
+        late = not_before(slopes[:num_variables], slopes[num_variables:])
         return *slopes[:num_variables], *late
 
     call.defvjp(forward, backward)
     return jax.tree.unflatten(jax.tree.structure(shape), call(*leaves))
-
-
-def _not_before(first: Sequence[Array], then: Sequence[Array]) -> Sequence[Array]:
-    """`then`, which no compiler computes with before `first` is there."""
-    first, then = jax.lax.optimization_barrier((first, then))
-    heads = [a[(0,) * a.ndim] for a in first if jnp.issubdtype(a.dtype, jnp.floating) and a.size]
-    if jax.default_backend() != 'cpu' or jax.device_count() > 1 or not heads:
-        return then
-    # A dependency that XLA cannot see to be none, since it drops barriers: on NaN.
-    is_nan = functools.reduce(jnp.logical_or, [head != head for head in heads])
-    floating = [jnp.issubdtype(a.dtype, jnp.floating) for a in then]
-    return [
-        jnp.where(is_nan, jnp.full_like(a, jnp.nan), a) if is_float else a
-        for a, is_float in zip(then, floating, strict=True)
-    ]
 
 
 # The path at which a module runs that was taken out of its network.

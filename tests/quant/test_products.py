@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmq_jax.quant import products
+from dmq_jax.quant import integer, products
 from dmq_jax.quant.layers import fake_quantized
 from dmq_jax.quant.plan import LayerSpec
 from dmq_jax.quant.tensor import QuantSpec
@@ -127,6 +127,27 @@ def test_a_layer_of_codes_has_value_and_gradients_of_the_float_layer(kind, weigh
             if name != 'zero_point' or np.any(part_float[name]):
                 assert relative_gap(part[name], part_float[name]) < TOLERANCE, name
     assert relative_gap(gradients[2], gradients_float[2]) < TOLERANCE
+
+
+@pytest.mark.parametrize('weights', WEIGHT_SPECS)
+def test_codes_wait_for_the_backward_pass_as_bytes(weights):
+    module, spec, params, weight, rows, x = bound_layer(
+        'conv', WEIGHT_SPECS[weights], each_image=False
+    )
+
+    def layer(x, weight, bias):
+        found = {'params': {'bias': bias}, 'quant': {'input': rows, 'weight': weight}}
+        return integer.straight_through_layer(module.bind(found), x, rows, weight, spec)
+
+    y, pull_back = jax.vjp(layer, x, weight, params['bias'])
+    kept = [leaf for leaf in jax.tree.leaves(pull_back) if leaf.shape == weight['codes'].shape]
+    assert {leaf.dtype.itemsize for leaf in kept} == {1}
+    # Nothing as large as the input is kept beside it.
+    assert sum(leaf.size >= x.size for leaf in jax.tree.leaves(pull_back)) == 1
+    g = jnp.asarray(np.random.default_rng(2).standard_normal(y.shape), jnp.float32)
+    np.testing.assert_allclose(
+        pull_back(g)[2], np.asarray(g, np.float64).sum((0, 1, 2)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_float_inputs_with_quantized_weights_are_float_products():

@@ -88,3 +88,18 @@ def test_programs_of_integer_weights_are_told_nothing(dtype, is_told):
     assert program.jitted(weights)._cache_size() == 1
     if network_options() is not None:
         assert (program.jitted(weights) is program.jitted()) == is_told
+
+
+def test_what_is_called_once_is_compiled_each_time_and_not_kept():
+    traced = []
+
+    def function(x):
+        traced.append(x)
+        return x + 1
+
+    for _ in range(2):
+        assert programs.call_once(function, jnp.zeros(())) == 1
+    assert len(traced) == 2
+    # Within another program it is part of that one, and nothing is computed.
+    made = jax.eval_shape(lambda: programs.call_once(function, jnp.zeros(3)))
+    assert made.shape == (3,) and isinstance(traced[-1], jax.core.Tracer)
