@@ -233,7 +233,7 @@ def make_programs(
 
     def compile_program(function, arguments, *static, advance=repeat):
         began = time.perf_counter()
-        compiled = function.lower(*static, *arguments).compile()
+        compiled = programs_lib.compile_alone(function, *static, *arguments)
         return Program(compiled, arguments, advance, time.perf_counter() - began)
 
     def draw(denoiser):

@@ -10,7 +10,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -303,13 +303,20 @@ def run(
     def start() -> TrainState:
         return start_state(teacher, sampler, config, optimizer, state, params, key)
 
+    found: list[Any] = []
+
+    def compiled(train: TrainState) -> Any:
+        if not found:  # at the first step, which a run that is resumed at its end does not take
+            found.append(programs.compile_alone(train_step, train, params, sampler, key))
+        return found[0]
+
     with (
         Checkpoints(workdir / 'checkpoints', config.max_to_keep) as checkpoints,
         log.make_writer(workdir) as writer,
     ):
         train, spent_s = restore_or_start(checkpoints, start, device_mesh)
         train, duration_s = descent.descend(
-            lambda train: train_step(train, params, sampler, key), train, spent_s, config,
+            lambda train: compiled(train)(train, params, sampler, key), train, spent_s, config,
             checkpoints=checkpoints, writer=writer, description=description,
         )  # fmt: skip
     return Finetuned(mesh.fetch(device_mesh, train.state), duration_s)

@@ -87,6 +87,21 @@ def count(closed: Any) -> Counts:
     return walk.counts()
 
 
+def _used(jaxpr: Any) -> list[Any]:
+    """The equations whose results are read: no compiler computes the others."""
+    wanted = set(filter(_is_variable, jaxpr.outvars))
+    found = []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or not wanted.isdisjoint(equation.outvars):
+            found.append(equation)
+            wanted.update(filter(_is_variable, equation.invars))
+    return found[::-1]
+
+
+def _is_variable(operand: Any) -> bool:
+    return not hasattr(operand, 'val')
+
+
 class _Walk:
     def __init__(self):
         self.now = 0
@@ -102,11 +117,11 @@ class _Walk:
         found = dict(zip((*jaxpr.constvars, *jaxpr.invars), arguments, strict=True))
 
         def look(variable: Any) -> _Value:
-            if hasattr(variable, 'val'):
+            if not _is_variable(variable):
                 return _Value(0, (), False, 0)
             return found[variable]
 
-        for equation in jaxpr.eqns:
+        for equation in _used(jaxpr):
             operands = [look(v) for v in equation.invars]
             results = self._equation(equation, operands)
             found.update(zip(equation.outvars, results, strict=True))
@@ -117,6 +132,8 @@ class _Walk:
         if inner is not None:
             consts = [_Value(0, (), False, 0) for _ in inner.jaxpr.constvars]
             return self.visit(inner.jaxpr, consts + operands[-len(inner.jaxpr.invars) :])
+        if name == 'optimization_barrier':  # orders, and moves nothing
+            return operands
         self.now += 1
         sizes = [_size(v) for v in equation.outvars]
         is_reader = name in _PRODUCTS or name in _READERS

@@ -8,11 +8,11 @@ from dmq_jax import costs, denoisers, inspect, sampling
 from dmq_jax.runtime import mesh
 from tests import tiny
 
-# Model / XLA. Operations: XLA simplifies some of what is elementwise, and splits that by 'tensor'
-# too (seen: 0.98 to 1.20).
-OPERATIONS = (0.9, 1.3)
-# Fusion differs (seen: 0.92 to 1.12; with 'tensor' copies between layouts come on top).
-BYTES_MOVED = (0.7, 1.25)
+# Model / XLA. Operations: XLA simplifies some of what is elementwise, splits that by 'tensor' too,
+# and counts twice what it fuses into two places (seen: 0.84 to 1.20).
+OPERATIONS = (0.8, 1.3)
+# Fusion differs (seen: 0.92 to 1.25; with 'tensor' copies between layouts come on top).
+BYTES_MOVED = (0.7, 1.3)
 # Temporaries are rounded up, and buffers are not reused as soon as they could be (seen: 0.53 to
 # 1.13).
 TEMPORARY = (0.5, 1.25)

@@ -103,3 +103,17 @@ def test_what_is_called_once_is_compiled_each_time_and_not_kept():
     # Within another program it is part of that one, and nothing is computed.
     made = jax.eval_shape(lambda: programs.call_once(function, jnp.zeros(3)))
     assert made.shape == (3,) and isinstance(traced[-1], jax.core.Tracer)
+
+
+def test_a_program_that_is_compiled_alone_runs_on_and_others_are_compiled_anew():
+    traced = []
+
+    @jax.jit
+    def other(x):
+        traced.append(x)
+        return x + 1
+
+    other(jnp.zeros(()))
+    compiled = programs.compile_alone(jax.jit(lambda x: 2 * x), jnp.ones(3))
+    np.testing.assert_array_equal(compiled(jnp.ones(3)), [2, 2, 2])
+    assert other(jnp.zeros(())) == 1 and len(traced) == 2
