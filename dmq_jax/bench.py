@@ -184,9 +184,7 @@ def load_model(name: str, dtype: str = 'float32') -> denoisers.Denoiser:
         schedule=Schedule(kind='linear'), prediction='eps', image_shape=image_shape,
         num_classes=num_classes,
     )  # fmt: skip
-    shapes = jax.eval_shape(
-        lambda key: denoisers.init_params(network, info, key), jax.random.key(0)
-    )
+    shapes = denoisers.param_shapes(network, info)
     return denoisers.float_denoiser(network, random_params(shapes), info)
 
 

@@ -32,7 +32,6 @@ from jaxtyping import PyTree
 
 from dmq_jax import denoisers, finetune, methods, operations, sampling
 from dmq_jax.config import EfficientDMConfig, FinetuneConfig, QuantConfig, SamplerConfig
-from dmq_jax.diffusion import samplers
 from dmq_jax.methods.base import Decay
 from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import INPUT_ROLES
@@ -251,12 +250,9 @@ def finetuning_step(
     decay = Decay(config.num_iterations, config.schedule)
 
     def start(params, stats):
-        state = method.init(params, stats, jax.random.key(0))
-        rounds = jnp.zeros((batch_size,), jnp.int32)
-        keys = finetune.slot_keys(jax.random.key(0), rounds)
-        x_T = samplers.initial_noise(keys, teacher.info.image_shape)
-        labels = finetune.start_labels(keys, teacher.info)
-        positions = finetune.Positions(sampler.init(x_T), rounds, rounds, labels)
+        key = jax.random.key(0)
+        state = method.init(params, stats, key)
+        positions = finetune.start_positions(teacher, sampler, config, params, key)
         moments = method.optimizer(state, decay).init(state)
         return finetune.TrainState(state, moments, positions, jnp.zeros((), jnp.int32))
 

@@ -302,6 +302,11 @@ def init_params(network: Network, info: DenoiserInfo, key: Array) -> PyTree:
     return jax.jit(network.init)(key, x, t, y)['params']
 
 
+def param_shapes(network: Network, info: DenoiserInfo) -> PyTree:
+    """What `init_params` would give, as shapes: nothing is computed."""
+    return jax.eval_shape(lambda key: init_params(network, info, key), jax.random.key(0))
+
+
 def example_inputs(
     info: DenoiserInfo, batch_size: int
 ) -> tuple[Float[Array, 'B H W C'], Int[Array, ''], Int[Array, 'B'] | None]:

@@ -105,9 +105,7 @@ def describe_export(folder: str, batch_size: int) -> list[str]:
     """What `inspect` says of an export: its plan, sizes, and what runs its layers here."""
     exported = exporting.load(folder)
     manifest = exporting.read_manifest(folder)
-    shapes = jax.eval_shape(
-        lambda key: denoisers.init_params(exported.network, exported.info, key), jax.random.key(0)
-    )
+    shapes = denoisers.param_shapes(exported.network, exported.info)
     layers = denoisers.quantizable(
         denoisers.float_denoiser(exported.network, shapes, exported.info)
     )

@@ -29,7 +29,7 @@ _READERS = (
 _FREE = (
     'reshape', 'broadcast_in_dim', 'squeeze', 'expand_dims', 'convert_element_type', 'iota',
     'transpose', 'slice', 'copy', 'stop_gradient', 'rev', 'pad', 'select_n', 'bitcast_convert_type',
-    'sharding_constraint',
+    'concatenate', 'split', 'stack', 'gather', 'sharding_constraint', 'layout_constraint',
 )  # fmt: skip
 
 

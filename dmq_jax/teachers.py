@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from flax import traverse_util
 
@@ -25,10 +24,10 @@ from dmq_jax.denoisers import (
     DenoiserInfo,
     float_denoiser,
     info_settings,
-    init_params,
     make_info,
     make_network,
     network_settings,
+    param_shapes,
 )
 from dmq_jax.files.safetensors import SafetensorsReader, open_safetensors
 from dmq_jax.networks import Network
@@ -235,7 +234,7 @@ def check_tensors(
     Raises:
       ValueError: naming the first missing, left-over or misshapen tensor.
     """
-    expected = jax.eval_shape(lambda key: init_params(network, info, key), jax.random.key(0))
+    expected = param_shapes(network, info)
     expected = traverse_util.flatten_dict(expected, sep='/')
     missing = sorted(expected.keys() - tensors.keys())
     left_over = sorted(tensors.keys() - expected.keys())

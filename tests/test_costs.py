@@ -8,9 +8,12 @@ from dmq_jax import costs, denoisers, inspect, sampling
 from dmq_jax.runtime import mesh
 from tests import tiny
 
-# Model / XLA. Operations: XLA simplifies some of what is elementwise, splits that by 'tensor' too,
-# and counts twice what it fuses into two places (seen: 0.84 to 1.20).
-OPERATIONS = (0.8, 1.3)
+# Model / XLA. Operations as the program states them, before anything is fused (seen: 0.98 to 0.99).
+STATED = (0.95, 1.05)
+# In a compiled program XLA splits what is elementwise by 'tensor' too, and counts what it fuses
+# into several kernels in each: of 20.5 MFLOP of a fine-tuning step on (2, 2, 1), 16.3 are left
+# without fusion (seen: 0.83 to 1.20).
+OPERATIONS = (0.75, 1.3)
 # Fusion differs (seen: 0.92 to 1.25; with 'tensor' copies between layouts come on top).
 BYTES_MOVED = (0.7, 1.3)
 # Temporaries are rounded up, and buffers are not reused as soon as they could be (seen: 0.53 to
@@ -26,9 +29,7 @@ SENT = (0.98, 1.1)
 def plain():
     """Without attention: sooner compiled."""
     network = tiny.NETWORK.clone(down_attention=(False,))
-    shapes = jax.eval_shape(
-        lambda key: denoisers.init_params(network, tiny.INFO, key), jax.random.key(0)
-    )
+    shapes = denoisers.param_shapes(network, tiny.INFO)
     return denoisers.float_denoiser(network, shapes, tiny.INFO)
 
 
@@ -74,6 +75,15 @@ def test_a_finetuning_step_costs_what_xla_reports(plain, shape):
     assert_within(model, compiled, 'kept', KEPT)
     assert_within(model, compiled, 'sent', SENT)
     assert {e.kind for e in model.collectives} == {e.kind for e in compiled.collectives}
+
+
+@pytest.mark.parametrize('make', [costs.sampling_step, costs.finetuning_step])
+def test_operations_are_those_that_the_program_states(plain, make):
+    model = costs.modelled(make, plain, 4, costs.Shape(1, 1, 1))
+    program = make(plain, 4)
+    arguments = program.kept, program.weights, program.rest
+    stated = jax.jit(program.run).lower(*arguments).cost_analysis()['flops']
+    assert STATED[0] <= model.flops / stated <= STATED[1]
 
 
 def test_devices_divide_what_the_model_says_they_divide():
@@ -140,7 +150,7 @@ def test_a_device_is_one_of_the_table_or_three_speeds():
 def test_a_large_network_is_costed_from_shapes_alone():
     network = tiny.NETWORK.clone(channels=(1024,))
     info = tiny.INFO
-    shapes = jax.eval_shape(lambda k: denoisers.init_params(network, info, k), jax.random.key(0))
+    shapes = denoisers.param_shapes(network, info)
     teacher = denoisers.float_denoiser(network, shapes, info)
     cost = costs.modelled(costs.sampling_step, teacher, 4096, costs.Shape(32, 8, 1))
     kernels = sum(4 * int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))

@@ -237,7 +237,7 @@ def test_the_cifar_10_network_at_4_bits_is_several_times_smaller_on_disk(coverag
         schedule=Schedule(kind='linear'), prediction='eps', image_shape=(32, 32, 3),
         num_classes=None,
     )  # fmt: skip
-    shapes = jax.eval_shape(lambda k: denoisers.init_params(network, info, k), jax.random.key(0))
+    shapes = denoisers.param_shapes(network, info)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
     teacher = float_denoiser(network, params, info)
     layers = denoisers.quantizable(teacher)

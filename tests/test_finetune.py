@@ -68,10 +68,8 @@ def make_step(problem, config):
     optimizer = method.optimizer(state, Decay(config.num_iterations, config.schedule))
     loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', config)
     step = finetune.make_train_step(teacher, loss, optimizer, config)
-    positions = finetune.start_positions(
-        teacher, sampler, config, teacher.params, jax.random.key(KEY_SEED)
-    )
-    train = finetune.TrainState(state, optimizer.init(state), positions, jnp.zeros((), jnp.int32))
+    key = jax.random.key(KEY_SEED)
+    train = finetune.start_state(teacher, sampler, config, optimizer, state, teacher.params, key)
     return step, jax.tree.map(jnp.copy, train), sampler
 
 

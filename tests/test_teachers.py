@@ -31,9 +31,7 @@ INFO = DenoiserInfo(
 
 def random_teacher():
     """A teacher whose weights are float16 numbers, so that saving loses nothing."""
-    shapes = jax.eval_shape(
-        lambda key: denoisers.init_params(NETWORK, INFO, key), jax.random.key(0)
-    )
+    shapes = denoisers.param_shapes(NETWORK, INFO)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape).astype(np.float16), jnp.float32),

@@ -48,9 +48,7 @@ def random_like(shapes, seed=0, scale=0.3):
 
 def random_denoiser(network, info=INFO, fill=random_like):
     """A float network with the weights that `fill` makes of a tree of shapes."""
-    shapes = jax.eval_shape(
-        lambda key: denoisers.init_params(network, info, key), jax.random.key(0)
-    )
+    shapes = denoisers.param_shapes(network, info)
     return float_denoiser(network, fill(shapes), info)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from dmq_jax import denoisers, exporting
@@ -229,7 +228,5 @@ def _describe_bits(spec: LayerSpec) -> str:
 def quantizable_layers(exported: exporting.Exported) -> dict[str, QuantizableLayer]:
     """Every layer of the float network that could be quantized, in the order of execution."""
     network, info = exported.network, exported.info
-    params = jax.eval_shape(
-        lambda key: denoisers.init_params(network, info, key), jax.random.key(0)
-    )
+    params = denoisers.param_shapes(network, info)
     return denoisers.quantizable(denoisers.float_denoiser(network, params, info))
