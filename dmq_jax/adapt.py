@@ -271,7 +271,7 @@ def run(
     images, labels = mesh.replicate(device_mesh, (images, labels))
     train = TrainState(state, optimizer.init(state), jnp.zeros((), jnp.int32))
     # A copy: the step donates its state, and moments may be one array of zeros.
-    train = mesh.replicate(device_mesh, jax.tree.map(jnp.copy, train))
+    train = mesh.replicate(device_mesh, programs.copied(train))
     with Checkpoints(workdir / 'checkpoints') as checkpoints, log.make_writer(workdir) as writer:
         restored = checkpoints.restore_latest(like=(train, np.zeros((), np.float32)))
         train, spent_s = (train, 0.0) if restored is None else (restored[0], float(restored[1]))

@@ -3,7 +3,7 @@
 Two ways to know. The *model* traces the very functions that a run compiles, with shapes instead of
 arrays, and counts; it serves networks of any size and meshes of any number of devices. The
 *compiled* numbers are XLA's own of the partitioned program, for networks small enough to compile
-here. The model says:
+here; a step of fine-tuning, which a run compiles as two programs, counts as one. The model says:
 
 * a device computes its part of the batch, `batch_size / (data * fsdp)`, with whole weights; its
   products have `1 / tensor` of their output channels;
@@ -260,7 +260,7 @@ def finetuning_step(
         # Its learning rates come from values of the state, which here are none yet.
         optimizer = method.optimizer(train.state, decay)
         step = finetune.make_train_step(teacher, loss, optimizer, config, device_mesh)
-        return step.__wrapped__(train, weights, sampler, key)
+        return step(train, weights, sampler, key)
 
     kept = jax.eval_shape(start, teacher.params, stats)
     key = jax.eval_shape(lambda: jax.random.key(0))
