@@ -33,7 +33,7 @@ from dmq_jax.methods.base import (
     without_kernels,
 )
 from dmq_jax.quant.layers import recomputed
-from dmq_jax.quant.plan import Plan
+from dmq_jax.quant.plan import Plan, multiplies_integers
 from dmq_jax.runtime import log, mesh, programs
 from dmq_jax.runtime.checkpoint import Checkpoints
 
@@ -188,6 +188,8 @@ def make_train_step(
     batch_size: int,
     key: Key[Array, ''],
     device_mesh: mesh.Mesh,
+    *,
+    has_integers: bool,
 ) -> Callable[..., tuple[TrainState, Float[Array, '']]]:
     """The step, to be compiled: (train state, constants, images, labels) -> (train state, loss).
 
@@ -197,9 +199,11 @@ def make_train_step(
       batch_size: images drawn from `images` for a step.
       key: root key of batches, timesteps and noise.
       device_mesh: splits every batch.
+      has_integers: whether the student multiplies integers; see `programs.step_options`.
     """
+    options = programs.step_options(has_integers=has_integers)
 
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=programs.step_options())
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
     def train_step(train, constants, pixels, labels):
         step_key = jax.random.fold_in(key, train.step)
         indices = jax.random.randint(step_key, (batch_size,), 0, pixels.shape[0])
@@ -265,7 +269,9 @@ def run(
     loss = make_loss(teacher, method, plan, timesteps, lookup, dropout, config.remat)
     optimizer = method.optimizer(state, Decay(config.num_iterations))
 
-    train_step = make_train_step(loss, optimizer, config.batch_size, key, device_mesh)
+    train_step = make_train_step(
+        loss, optimizer, config.batch_size, key, device_mesh, has_integers=multiplies_integers(plan)
+    )
     constants = make_constants(teacher, method, state, plan)
     constants = mesh.shard_weights(device_mesh, constants)
     images, labels = mesh.replicate(device_mesh, (images, labels))

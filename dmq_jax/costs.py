@@ -264,7 +264,8 @@ def finetuning_step(
 
     kept = jax.eval_shape(start, teacher.params, stats)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return Program(run, kept, teacher.params, key, finetune.SHARDING_RULES, programs.step_options())
+    options = programs.step_options(has_integers=True)
+    return Program(run, kept, teacher.params, key, finetune.SHARDING_RULES, options)
 
 
 def compiled(program: Program, device_mesh: mesh.Mesh) -> Cost:

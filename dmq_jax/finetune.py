@@ -245,7 +245,7 @@ class TrainStep(NamedTuple):
         self, train: TrainState, params: PyTree, sampler: samplers.Sampler, key: Key[Array, '']
     ) -> 'TrainStep':
         """The same of compiled programs, for arguments that lie as these do."""
-        options = programs.step_options()
+        options = programs.step_options(has_integers=True)
         gradients = programs.compile_alone(
             jax.jit(self.gradients, compiler_options=options), train, params, sampler
         )

@@ -48,7 +48,13 @@ from dmq_jax.config import (
 )
 from dmq_jax.methods import base
 from dmq_jax.quant.observers import TensorStats
-from dmq_jax.quant.plan import INPUT_ROLES, LayerSpec, QuantizableLayer, is_softmax
+from dmq_jax.quant.plan import (
+    INPUT_ROLES,
+    LayerSpec,
+    QuantizableLayer,
+    is_softmax,
+    multiplies_integers,
+)
 from dmq_jax.runtime import memory, mesh, programs
 
 TABLE_STEPS = 20  # rows of the tables of scales
@@ -302,8 +308,9 @@ def _adapting(setup: Setup, config: BenchConfig, remat: str = AdaptConfig().rema
     loss = adapt.make_loss(teacher, method, setup.plan, setup.timesteps, 'nearest', 0.0, remat)
     optimizer = method.optimizer(setup.state, base.Decay(config.num_rounds))
     step = adapt.make_train_step(
-        loss, optimizer, config.batch_size, jax.random.key(0), mesh.make_mesh(1)
-    )
+        loss, optimizer, config.batch_size, jax.random.key(0), mesh.make_mesh(1),
+        has_integers=multiplies_integers(setup.plan),
+    )  # fmt: skip
     constants = adapt.make_constants(teacher, method, setup.state, setup.plan)
     images = jnp.zeros((config.batch_size, *teacher.info.image_shape))
     labels = denoisers.balanced_labels(config.batch_size, teacher.info.num_classes)

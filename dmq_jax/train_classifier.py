@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from rich.progress import Progress
 
 from dmq_jax.metrics.classifier import Classifier, FeatureNetwork, extract
+from dmq_jax.runtime import programs
 
 # Losses stay on the device for this many steps, so that the host does not wait at each of them.
 STEPS_PER_CHECK = 50
@@ -110,8 +111,9 @@ def make_train_step(
       label_smoothing: as in `compute_loss`.
       ema_decay: decay per step of the average of the parameters.
     """
+    options = programs.step_options(has_integers=False)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
     def train_step(state, all_images, all_labels, indices, root_key):
         inputs = augmentation(all_images[indices], jax.random.fold_in(root_key, state.step))
         loss, gradients = jax.value_and_grad(compute_loss, argnums=1)(

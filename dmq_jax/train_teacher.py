@@ -27,7 +27,7 @@ from dmq_jax.diffusion.schedule import Schedule, alphas_cumprod
 from dmq_jax.files.images import ImageSet, load_images, pad_images
 from dmq_jax.metrics import classifier as classifier_lib
 from dmq_jax.models.ddpm_unet import DDPMUNet
-from dmq_jax.runtime import log, mesh
+from dmq_jax.runtime import log, mesh, programs
 from dmq_jax.runtime.checkpoint import Checkpoints
 from dmq_jax.runtime.progress import progress
 
@@ -119,8 +119,9 @@ def diffusion_loss(
 def make_train_step(config: config_lib.TrainTeacherConfig, denoiser: denoisers.Denoiser):
     """The compiled step: (state, all images, all labels, indices) -> (state, loss)."""
     optimizer = make_optimizer(config)
+    options = programs.step_options(has_integers=False)
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
     def train_step(
         state: TrainState,
         images: UInt8[Array, 'N H W C'],

@@ -176,6 +176,11 @@ def split_layers(
     return result
 
 
+def multiplies_integers(plan: Plan) -> bool:
+    """Whether a layer has integers on both sides, so that its product may be one of integers."""
+    return any(spec.weight is not None and spec.inputs is not None for spec in plan.values())
+
+
 def is_softmax(path: str, role: str) -> bool:
     """Whether the input in this `role` is what attention multiplies the values by."""
     return role == 'lhs' and path.rpartition('/')[2] == 'mix'

@@ -10,16 +10,27 @@ import jax.numpy as jnp
 from dmq_jax.runtime import memory
 
 
-@functools.cache
-def step_options() -> dict[str, Any] | None:
+def step_options(*, has_integers: bool) -> dict[str, Any] | None:
     """What the compiler is told of a train step.
 
     XLA for CPU orders operations for concurrency unless told, and then holds more at once: with jax
     0.10.2 1.58 instead of 0.81 GB of temporaries (loss and gradients, CIFAR-10 U-Net, batch 8),
     with 0.12.0 1.04 instead of 0.66 GB (a step of EfficientDM there). It is no slower.
+
+    Convolutions are XLA's own, as `network_options` has them. Most depends on it where kernels have
+    gradients: YNNPACK takes 2 to 4 times as long for those (3x3, 128 to 512 channels).
+
+    Args:
+      has_integers: whether layers multiply int8; then convolutions stay YNNPACK's.
     """
+    options = _ordering_options() | ({} if has_integers else network_options() or {})
+    return options or None
+
+
+@functools.cache
+def _ordering_options() -> dict[str, Any]:
     options = {'xla_cpu_scheduler_type': 'CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED'}
-    return options if jax.default_backend() == 'cpu' and are_known(options) else None
+    return options if jax.default_backend() == 'cpu' and are_known(options) else {}
 
 
 def network_options(weights: Any = ()) -> dict[str, Any] | None:
