@@ -4,7 +4,8 @@ Few pixels of many channels become one matrix product; enlarged images are convo
 enlarged.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -83,22 +84,53 @@ def convolve_enlarged(
       padding: one pixel on every side.
       **settings: other arguments of `jax.lax.conv_general_dilated`.
     """
-    batch, height, width, _ = inputs.shape
-    rows, columns = height // 2, width // 2
-    is_large = rows * columns >= _FEWEST_SMALL_PIXELS and inputs.dtype == jnp.float32
+    _, height, width, _ = inputs.shape
+    is_large = height * width >= 4 * _FEWEST_SMALL_PIXELS and inputs.dtype == jnp.float32
     if not (is_large and jax.default_backend() == 'cpu'):
         return convolve(inputs, kernel, window_strides, padding, **settings)
     assert kernel.shape[:2] == (3, 3) and list(map(tuple, padding)) == [(1, 1), (1, 1)]
+    plain = functools.partial(
+        jax.lax.conv_general_dilated, window_strides=window_strides, padding=padding, **settings
+    )
+    return _convolve_small(plain, inputs[:, ::2, ::2], kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolve_small(
+    plain: Callable[..., Array], small: Float[Array, 'B h w C'], kernel: Float[Array, '3 3 C N']
+) -> Float[Array, 'B H W N']:
+    """`plain` of an image before it is enlarged."""
+    batch, rows, columns, _ = small.shape
     # Kernels side by side: position (i, j) has all that blocks around that corner may need.
     halves = [half for pair in _halved(kernel, 0) for half in _halved(pair, 1)]
-    corners = jax.lax.conv_general_dilated(
-        inputs[:, ::2, ::2], jnp.concatenate(halves, axis=-1), window_strides, padding, **settings
-    ).reshape(batch, rows + 1, columns + 1, 2, 2, -1)
+    corners = plain(small, jnp.concatenate(halves, axis=-1))
+    corners = corners.reshape(batch, rows + 1, columns + 1, 2, 2, -1)
     blocks = [
         jnp.stack([corners[:, i : i + rows, j : j + columns, i, j] for j in (0, 1)], axis=3)
         for i in (0, 1)
     ]
-    return jnp.stack(blocks, axis=2).reshape(batch, height, width, -1)
+    return jnp.stack(blocks, axis=2).reshape(batch, 2 * rows, 2 * columns, -1)
+
+
+def _forward(plain, small, kernel):
+    return _convolve_small(plain, small, kernel), (small, kernel)
+
+
+def _backward(plain, kept, g):
+    """The image's gradient from the small convolution, the kernel's from the plain one.
+
+    XLA for CPU takes 9 s for the gradient of the four small kernels and 0.06 s for the plain one
+    (16x16 to 32x32 pixels, 256 channels, 8 images, two cores, jax 0.10.2 and 0.12.0).
+    """
+    small, kernel = kept
+    # Not under its own rule, which would go round in circles.
+    _, to_image = jax.vjp(lambda small: _convolve_small.__wrapped__(plain, small, kernel), small)
+    enlarged = jnp.repeat(jnp.repeat(small, 2, axis=1), 2, axis=2)
+    _, to_kernel = jax.vjp(lambda kernel: plain(enlarged, kernel), kernel)
+    return *to_image(g), *to_kernel(g)
+
+
+_convolve_small.defvjp(_forward, _backward)
 
 
 def _halved(kernel: Array, axis: int) -> tuple[Array, Array]:
