@@ -230,6 +230,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(problem, tmp_path, monk
     assert [line['step'] for line in log.read_metrics(tmp_path / 'parts')] == list(range(1, 7))
 
 
+@pytest.mark.slow  # a whole run twice; what it saves is time
 def test_start_positions_are_drawn_once_and_not_again_by_a_restart(problem, tmp_path, monkeypatch):
     drawn, original = [], finetune.start_positions
 
@@ -247,6 +248,7 @@ def test_start_positions_are_drawn_once_and_not_again_by_a_restart(problem, tmp_
     assert again.duration_s > 0
 
 
+@pytest.mark.slow  # test_pipeline has a run whose loss is nan
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(problem, tmp_path):
     teacher, method, state, plan = problem
     broken = method._replace(loss=lambda student, target: jnp.sum(student.output) * jnp.nan)
