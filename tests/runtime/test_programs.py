@@ -10,9 +10,12 @@ from dmq_jax.runtime.programs import NetworkProgram, are_known, network_options
 @pytest.fixture
 def asked_anew():
     """The options are asked for once in a process."""
-    programs._float_options.cache_clear()
+    found = programs._float_options, programs._ordering_options
+    for function in found:
+        function.cache_clear()
     yield
-    programs._float_options.cache_clear()
+    for function in found:
+        function.cache_clear()
 
 
 def convolution(x, kernel):
@@ -46,14 +49,32 @@ def test_the_convolutions_of_a_network_are_not_given_to_another_library():
     assert ' convolution(' in texts[1]
 
 
+@pytest.mark.skipif(network_options() is None, reason='this back end or its XLA has no such option')
+def test_steps_without_integers_are_told_what_networks_are():
+    told = programs.step_options(has_integers=False)
+    assert network_options().items() <= told.items()
+    left = programs.step_options(has_integers=True) or {}
+    assert left.keys() == told.keys() - network_options().keys()
+
+
+def test_copies_are_arrays_of_their_own_where_the_others_lie():
+    tree = {'a': jnp.arange(3.0), 'b': np.ones(2, np.float32)}
+    copies = programs.copied(tree)
+    jax.tree.map(np.testing.assert_array_equal, copies, tree)
+    assert copies['a'].sharding == tree['a'].sharding
+    assert copies['a'].unsafe_buffer_pointer() != tree['a'].unsafe_buffer_pointer()
+
+
 def test_other_back_ends_are_told_nothing(asked_anew, monkeypatch):
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
     assert network_options() is None
+    assert programs.step_options(has_integers=False) is None
 
 
 def test_an_xla_that_does_not_know_the_options_is_told_nothing(asked_anew, monkeypatch):
     monkeypatch.setattr(programs, 'are_known', lambda options: False)
     assert network_options() is None
+    assert programs.step_options(has_integers=True) is None
     x, kernel = inputs()
     np.testing.assert_array_equal(
         NetworkProgram(convolution)(x, kernel), jax.jit(convolution)(x, kernel)
