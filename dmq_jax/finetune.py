@@ -224,7 +224,7 @@ class TrainStep(NamedTuple):
     (CIFAR-10 U-Net, two cores, the process.)
 
     Called, it is the whole step: (train state, float weights, sampler, key) -> (train state, loss).
-    The train state is donated once it is `compiled`.
+    The train state is donated once it is `jitted` or `compiled`.
 
     Attributes:
       gradients: (train state, float weights, sampler) -> ((loss, prediction), gradients).
@@ -241,19 +241,22 @@ class TrainStep(NamedTuple):
         (value, prediction), gradients = self.gradients(train, params, sampler)
         return self.update(train, gradients, prediction, sampler, key), value
 
+    def jitted(self) -> 'TrainStep':
+        """The same, each program compiled when it is first called."""
+        options = programs.step_options(has_integers=True)
+        return TrainStep(
+            jax.jit(self.gradients, compiler_options=options),
+            jax.jit(self.update, donate_argnums=0, compiler_options=options),
+        )
+
     def compiled(
         self, train: TrainState, params: PyTree, sampler: samplers.Sampler, key: Key[Array, '']
     ) -> 'TrainStep':
         """The same of compiled programs, for arguments that lie as these do."""
-        options = programs.step_options(has_integers=True)
-        gradients = programs.compile_alone(
-            jax.jit(self.gradients, compiler_options=options), train, params, sampler
-        )
+        step = self.jitted()
+        gradients = programs.compile_alone(step.gradients, train, params, sampler)
         (_, prediction), slopes = gradients.out_info
-        update = programs.compile_alone(
-            jax.jit(self.update, donate_argnums=0, compiler_options=options),
-            train, slopes, prediction, sampler, key,
-        )  # fmt: skip
+        update = programs.compile_alone(step.update, train, slopes, prediction, sampler, key)
         return TrainStep(gradients, update)
 
     def peak_bytes(self, *arguments: Any) -> int:

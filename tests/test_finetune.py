@@ -71,7 +71,7 @@ def make_step(problem, config):
     key = jax.random.key(KEY_SEED)
     train = finetune.start_state(teacher, sampler, config, optimizer, state, teacher.params, key)
     train = programs.copied(train)
-    return step.compiled(train, teacher.params, sampler, key), train, sampler
+    return step.jitted(), train, sampler
 
 
 def run(problem, config, workdir, *, data=1, fsdp=1):
@@ -178,7 +178,7 @@ def test_one_program_visits_the_right_timesteps_and_starts_anew(problem, positio
         np.testing.assert_array_equal(train.positions.round, (start + i) // NUM_STEPS)
         with jax.transfer_guard('disallow'):
             train, _ = step(train, params, sampler, key)
-    # It is compiled already, for arguments of these shapes: another would be refused.
+    assert [program._cache_size() for program in step] == [1, 1]
     assert int(train.step) == NUM_STEPS + 1
     assert np.isfinite(np.asarray(train.positions.carry.x)).all()
     assert not np.any(np.all(np.asarray(train.positions.carry.x) == first_noise, axis=(1, 2, 3)))
@@ -230,7 +230,6 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(problem, tmp_path, monk
     assert [line['step'] for line in log.read_metrics(tmp_path / 'parts')] == list(range(1, 7))
 
 
-@pytest.mark.slow  # a whole run twice; what it saves is time
 def test_start_positions_are_drawn_once_and_not_again_by_a_restart(problem, tmp_path, monkeypatch):
     drawn, original = [], finetune.start_positions
 
@@ -248,7 +247,6 @@ def test_start_positions_are_drawn_once_and_not_again_by_a_restart(problem, tmp_
     assert again.duration_s > 0
 
 
-@pytest.mark.slow  # test_pipeline has a run whose loss is nan
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(problem, tmp_path):
     teacher, method, state, plan = problem
     broken = method._replace(loss=lambda student, target: jnp.sum(student.output) * jnp.nan)
