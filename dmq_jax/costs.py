@@ -34,7 +34,7 @@ from dmq_jax import denoisers, finetune, methods, operations, sampling
 from dmq_jax.config import EfficientDMConfig, FinetuneConfig, QuantConfig, SamplerConfig
 from dmq_jax.methods.base import Decay
 from dmq_jax.quant.observers import TensorStats
-from dmq_jax.quant.plan import INPUT_ROLES
+from dmq_jax.quant.plan import INPUT_ROLES, multiplies_integers
 from dmq_jax.runtime import mesh, programs
 
 RANK = 32  # of the low-rank updates that fine-tuning is counted with
@@ -248,6 +248,7 @@ def finetuning_step(
     sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
     loss = finetune.make_loss(teacher, method, plan, timesteps, 'nearest', config)
     decay = Decay(config.num_iterations, config.schedule)
+    has_integers = multiplies_integers(plan)
 
     def start(params, stats):
         key = jax.random.key(0)
@@ -259,12 +260,14 @@ def finetuning_step(
     def run(train, weights, key):
         # Its learning rates come from values of the state, which here are none yet.
         optimizer = method.optimizer(train.state, decay)
-        step = finetune.make_train_step(teacher, loss, optimizer, config, device_mesh)
+        step = finetune.make_train_step(
+            teacher, loss, optimizer, config, device_mesh, has_integers=has_integers
+        )
         return step(train, weights, sampler, key)
 
     kept = jax.eval_shape(start, teacher.params, stats)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    options = programs.step_options(has_integers=True)
+    options = programs.step_options(has_integers=has_integers)
     return Program(run, kept, teacher.params, key, finetune.SHARDING_RULES, options)
 
 

@@ -24,7 +24,7 @@ from dmq_jax.config import FinetuneConfig
 from dmq_jax.diffusion import samplers
 from dmq_jax.methods.base import Decay, Method, Prediction, State
 from dmq_jax.quant.layers import recomputed
-from dmq_jax.quant.plan import Plan
+from dmq_jax.quant.plan import Plan, multiplies_integers
 from dmq_jax.quant.rows import per_image
 from dmq_jax.runtime import log, mesh, programs
 from dmq_jax.runtime.checkpoint import Checkpoints
@@ -229,10 +229,12 @@ class TrainStep(NamedTuple):
     Attributes:
       gradients: (train state, float weights, sampler) -> ((loss, prediction), gradients).
       update: (train state, gradients, prediction, sampler, key) -> train state.
+      options: what the compiler is told.
     """
 
     gradients: Callable[..., Any]
     update: Callable[..., TrainState]
+    options: dict[str, Any] | None
 
     def __call__(
         self, train: TrainState, params: PyTree, sampler: samplers.Sampler, key: Key[Array, '']
@@ -243,10 +245,9 @@ class TrainStep(NamedTuple):
 
     def jitted(self) -> 'TrainStep':
         """The same, each program compiled when it is first called."""
-        options = programs.step_options(has_integers=True)
-        return TrainStep(
-            jax.jit(self.gradients, compiler_options=options),
-            jax.jit(self.update, donate_argnums=0, compiler_options=options),
+        return self._replace(
+            gradients=jax.jit(self.gradients, compiler_options=self.options),
+            update=jax.jit(self.update, donate_argnums=0, compiler_options=self.options),
         )
 
     def compiled(
@@ -257,16 +258,14 @@ class TrainStep(NamedTuple):
         gradients = programs.compile_alone(step.gradients, train, params, sampler)
         (_, prediction), slopes = gradients.out_info
         update = programs.compile_alone(step.update, train, slopes, prediction, sampler, key)
-        return TrainStep(gradients, update)
+        return self._replace(gradients=gradients, update=update)
 
     def peak_bytes(self, *arguments: Any) -> int:
         """Of compiled programs: arguments, results and temporaries."""
         held = sum(leaf.nbytes for leaf in jax.tree.leaves(arguments) if hasattr(leaf, 'nbytes'))
-        first, then = self.gradients.memory_analysis(), self.update.memory_analysis()
-        return held + first.output_size_in_bytes + max(
-            first.temp_size_in_bytes,
-            then.temp_size_in_bytes + then.output_size_in_bytes - then.alias_size_in_bytes,
-        )  # fmt: skip
+        results = self.gradients.memory_analysis().output_size_in_bytes
+        made = programs.made_bytes(self.gradients), results + programs.made_bytes(self.update)
+        return held + max(made)
 
 
 def make_train_step(
@@ -275,10 +274,13 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     config: FinetuneConfig,
     device_mesh: mesh.Mesh | None = None,
+    *,
+    has_integers: bool,
 ) -> TrainStep:
     """The step, not yet compiled.
 
     Its result lies on the devices of `device_mesh` as its argument does; see `SHARDING_RULES`.
+    `has_integers`: whether the student multiplies integers; see `programs.step_options`.
     """
     info = teacher.info
 
@@ -314,7 +316,7 @@ def make_train_step(
             train = mesh.constrain(train, mesh.shardings(device_mesh, train, SHARDING_RULES))
         return train
 
-    return TrainStep(gradients, update)
+    return TrainStep(gradients, update, programs.step_options(has_integers=has_integers))
 
 
 def run(
@@ -354,7 +356,9 @@ def run(
     sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
     optimizer = method.optimizer(state, Decay(config.num_iterations, config.schedule))
     loss = make_loss(teacher, method, plan, timesteps, lookup, config)
-    train_step = make_train_step(teacher, loss, optimizer, config, device_mesh)
+    train_step = make_train_step(
+        teacher, loss, optimizer, config, device_mesh, has_integers=multiplies_integers(plan)
+    )
     params = mesh.shard_weights(device_mesh, teacher.params)
 
     def start() -> TrainState:

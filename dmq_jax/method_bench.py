@@ -281,7 +281,9 @@ def finetuning_step(
     sampler = denoisers.make_denoiser_sampler(teacher, options.sampler)
     optimizer = method.optimizer(state, base.Decay(options.num_iterations, options.schedule))
     loss = finetune.make_loss(teacher, method, plan, timesteps, 'nearest', options)
-    step = finetune.make_train_step(teacher, loss, optimizer, options)
+    step = finetune.make_train_step(
+        teacher, loss, optimizer, options, has_integers=multiplies_integers(plan)
+    )
     start = finetune.start_state(teacher, sampler, options, optimizer, state, teacher.params, key)
     # Donated: the teacher's leaves must survive.
     return step, (programs.copied(start), teacher.params, sampler, key)

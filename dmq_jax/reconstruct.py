@@ -38,8 +38,8 @@ from dmq_jax.methods.base import (
     with_weights,
 )
 from dmq_jax.quant.layers import recorded_calls
-from dmq_jax.quant.plan import Plan
-from dmq_jax.runtime import hosts, log, mesh
+from dmq_jax.quant.plan import Plan, multiplies_integers
+from dmq_jax.runtime import hosts, log, mesh, programs
 from dmq_jax.runtime.checkpoint import Checkpoints
 from dmq_jax.runtime.progress import progress
 from dmq_jax.trajectories import Inputs, draw_inputs, load_inputs, save_inputs
@@ -292,7 +292,9 @@ def make_block_step(
 
     optimizer = phase.optimizer(part, Decay(num_iterations))
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    options = programs.step_options(has_integers=multiplies_integers(plan))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), compiler_options=options)
     def learn(part, moments, params, examples, j):
         indices = jax.random.randint(
             jax.random.fold_in(key, j), (task.config.batch_size,), 0, examples.t.size
@@ -333,9 +335,8 @@ def make_block_step(
 
     learnt = part, optimizer.init(part)
     # A copy: the step donates its state, and moments may be one array of zeros.
-    part, moments = jax.tree.map(
-        jnp.copy, mesh.place(learnt, mesh.shardings(device_mesh, learnt, _STATE_RULES))
-    )
+    placement = mesh.shardings(device_mesh, learnt, _STATE_RULES)
+    part, moments = programs.copied(mesh.place(learnt, placement))
     return BlockStep(learn, measure, mean_error, part, moments, examples, num_iterations)
 
 

@@ -198,9 +198,9 @@ def run(
     train_step = make_train_step(model, optimizer, augmentation, label_smoothing, ema_decay)
     init_key, step_key = jax.random.split(jax.random.key(seed))
     params = jax.jit(model.init)(init_key, images[:1])['params']
-    state = TrainState(
-        params, jax.tree.map(jnp.copy, params), optimizer.init(params), jnp.zeros((), jnp.int32)
-    )
+    # A copy: the step donates its state, and a buffer can be donated once.
+    copy = programs.copied(params)
+    state = TrainState(params, copy, optimizer.init(params), jnp.zeros((), jnp.int32))
     data = jax.device_put((images, labels.astype(np.int32)))
     batches = shuffled_batches(len(images), batch_size, num_epochs, seed)
     average = _descend(

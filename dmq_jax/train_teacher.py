@@ -164,7 +164,7 @@ def train(config: config_lib.TrainTeacherConfig, dataset: ImageSet, workdir: Pat
     state = TrainState(
         denoiser.params,
         # A copy: the step donates its state, and a buffer can be donated once.
-        jax.tree.map(jnp.copy, denoiser.params),
+        programs.copied(denoiser.params),
         make_optimizer(config).init(denoiser.params),
         jnp.zeros((), jnp.int32),
     )

@@ -25,7 +25,8 @@ ALLOWED = {
     # One of its modules: what the compiler is told.
     'metrics': {'files', 'runtime.programs'},
     'diffusion': set(),
-    'runtime': set(),
+    # What the compiler is told depends on what integer convolutions are made of.
+    'runtime': {'kernels'},
     'assets': set(),
     'networks': {'models'},
     'denoisers': {'methods', 'quant', 'networks', 'diffusion', 'kernels'},

@@ -67,7 +67,7 @@ def make_step(problem, config):
     sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
     optimizer = method.optimizer(state, Decay(config.num_iterations, config.schedule))
     loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', config)
-    step = finetune.make_train_step(teacher, loss, optimizer, config)
+    step = finetune.make_train_step(teacher, loss, optimizer, config, has_integers=True)
     key = jax.random.key(KEY_SEED)
     train = finetune.start_state(teacher, sampler, config, optimizer, state, teacher.params, key)
     train = programs.copied(train)
@@ -178,7 +178,7 @@ def test_one_program_visits_the_right_timesteps_and_starts_anew(problem, positio
         np.testing.assert_array_equal(train.positions.round, (start + i) // NUM_STEPS)
         with jax.transfer_guard('disallow'):
             train, _ = step(train, params, sampler, key)
-    assert [program._cache_size() for program in step] == [1, 1]
+    assert [program._cache_size() for program in (step.gradients, step.update)] == [1, 1]
     assert int(train.step) == NUM_STEPS + 1
     assert np.isfinite(np.asarray(train.positions.carry.x)).all()
     assert not np.any(np.all(np.asarray(train.positions.carry.x) == first_noise, axis=(1, 2, 3)))
@@ -314,7 +314,7 @@ def collectives(compiled):
     """(kind, bytes of the result) of everything that devices tell one another."""
     found = []
     kinds = 'all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute'
-    text = '\n'.join(program.as_text() for program in compiled)
+    text = '\n'.join(program.as_text() for program in (compiled.gradients, compiled.update))
     for shape, kind in re.findall(rf'= (.*?) ({kinds})(?:-start)?\(', text):
         size = sum(
             _BYTES[dtype] * int(np.prod([int(n) for n in dims.split(',') if n]))
@@ -331,7 +331,9 @@ def compile_step(problem, **sizes):
     sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
     optimizer = method.optimizer(state, Decay(config.num_iterations, config.schedule))
     loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', config)
-    step = finetune.make_train_step(teacher, loss, optimizer, config, device_mesh)
+    step = finetune.make_train_step(
+        teacher, loss, optimizer, config, device_mesh, has_integers=True
+    )
     key = jax.random.key(KEY_SEED)
     positions = finetune.start_positions(teacher, sampler, config, teacher.params, key)
     train = finetune.TrainState(state, optimizer.init(state), positions, jnp.zeros((), jnp.int32))

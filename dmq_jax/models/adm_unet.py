@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dmq_jax.models.convolution import upsampled
 from dmq_jax.models.ddpm_unet import (
     GroupNorm,
     ResBlock,
@@ -21,7 +22,6 @@ from dmq_jax.models.ddpm_unet import (
     averaged,
     conv3x3,
     timestep_features,
-    upsampled,
 )
 from dmq_jax.models.tap import Attend
 

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from dmq_jax.models.ddpm_unet import GroupNorm, conv3x3, upsampled
+from dmq_jax.models.convolution import upsampled
+from dmq_jax.models.ddpm_unet import GroupNorm, conv3x3
 from dmq_jax.models.tap import Attend
 
 _EPSILON = 1e-6

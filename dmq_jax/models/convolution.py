@@ -63,6 +63,11 @@ def convolve(
     return product.reshape(*inputs.shape[:3], -1)
 
 
+def upsampled(x: Float[Array, 'B H W C']) -> Float[Array, 'B h w C']:
+    """Every pixel four times."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+
+
 def convolve_enlarged(
     inputs: Float[Array, 'B H W C'],
     kernel: Float[Array, '3 3 C N'],
@@ -70,7 +75,7 @@ def convolve_enlarged(
     padding: Sequence[tuple[int, int]],
     **settings: Any,
 ) -> Float[Array, 'B H W N']:
-    """`convolve` of an image whose every pixel was repeated to 2x2, padded by one pixel.
+    """`convolve` of an image that was `upsampled`, padded by one pixel.
 
     The three columns that an output sees are two pixels of the small image, and so are the three
     rows: four kernels of 2x2, one for each output of a block, are less than half of the products.
@@ -95,8 +100,7 @@ def convolve_enlarged(
     return _convolve_small(plain, inputs[:, ::2, ::2], kernel)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolve_small(
+def _by_corners(
     plain: Callable[..., Array], small: Float[Array, 'B h w C'], kernel: Float[Array, '3 3 C N']
 ) -> Float[Array, 'B H W N']:
     """`plain` of an image before it is enlarged."""
@@ -113,7 +117,7 @@ def _convolve_small(
 
 
 def _forward(plain, small, kernel):
-    return _convolve_small(plain, small, kernel), (small, kernel)
+    return _by_corners(plain, small, kernel), (small, kernel)
 
 
 def _backward(plain, kept, g):
@@ -123,13 +127,12 @@ def _backward(plain, kept, g):
     (16x16 to 32x32 pixels, 256 channels, 8 images, two cores, jax 0.10.2 and 0.12.0).
     """
     small, kernel = kept
-    # Not under its own rule, which would go round in circles.
-    _, to_image = jax.vjp(lambda small: _convolve_small.__wrapped__(plain, small, kernel), small)
-    enlarged = jnp.repeat(jnp.repeat(small, 2, axis=1), 2, axis=2)
-    _, to_kernel = jax.vjp(lambda kernel: plain(enlarged, kernel), kernel)
+    _, to_image = jax.vjp(lambda small: _by_corners(plain, small, kernel), small)
+    _, to_kernel = jax.vjp(lambda kernel: plain(upsampled(small), kernel), kernel)
     return *to_image(g), *to_kernel(g)
 
 
+_convolve_small = jax.custom_vjp(_by_corners, nondiff_argnums=(0,))
 _convolve_small.defvjp(_forward, _backward)
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dmq_jax.models.convolution import convolve, convolve_enlarged
+from dmq_jax.models.convolution import convolve, convolve_enlarged, upsampled
 from dmq_jax.models.tap import Product
 
 
@@ -246,11 +246,6 @@ class TimeEmbedding(nn.Module):
         """The embedding that every residual block receives."""
         h = nn.Dense(self.width, dtype=self.dtype, name='dense_0')(features)
         return nn.Dense(self.width, dtype=self.dtype, name='dense_1')(nn.silu(h))
-
-
-def upsampled(x: Float[Array, 'B H W C']) -> Float[Array, 'B h w C']:
-    """Every pixel four times."""
-    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
 
 
 def averaged(x: Float[Array, 'B H W C']) -> Float[Array, 'B h w C']:

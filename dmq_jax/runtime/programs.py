@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dmq_jax.runtime import memory
+from kernels.int_conv.xla import DIRECT_IS_FAST_ON_CPU
 
 
 def step_options(*, has_integers: bool) -> dict[str, Any] | None:
@@ -18,13 +19,13 @@ def step_options(*, has_integers: bool) -> dict[str, Any] | None:
     with 0.12.0 1.04 instead of 0.66 GB (a step of EfficientDM there). It is no slower.
 
     Convolutions are XLA's own, as `network_options` has them. Most depends on it where kernels have
-    gradients: YNNPACK takes 2 to 4 times as long for those (3x3, 128 to 512 channels).
+    gradients: YNNPACK takes 2 to 4 times as long for those (3x3, 128 to 512 channels). A step of
+    EfficientDM at W4A4 takes 0.88 of its time so (CIFAR-10 U-Net, batch 8, jax 0.10.2, four cores).
 
     Args:
-      has_integers: whether layers multiply int8; then convolutions stay YNNPACK's.
+      has_integers: whether layers multiply int8; see `network_options`.
     """
-    options = _ordering_options() | ({} if has_integers else network_options() or {})
-    return options or None
+    return (_ordering_options() | _library_options(has_integers=has_integers)) or None
 
 
 @functools.cache
@@ -37,19 +38,23 @@ def network_options(weights: Any = ()) -> dict[str, Any] | None:
     """What the compiler is told of a program that runs a network forwards and nothing else.
 
     On CPU XLA hands convolutions to YNNPACK, whose float32 kernels are slower than its own; its
-    products are faster. GFLOP/s of two cores, YNNPACK's and XLA's, of 3x3 on jax 0.10.2: 512x512
-    pixels, 128 channels 84 and 135; 256x256, 256 99 and 144; 64x64, 512 137 and 159; 16x16, 1024
-    75 and 131; 8x8, 1280 36 and 118; 1x1 at 256x256, 512 to 256 41 and 124. Jax 0.12.0 likewise,
-    but alike from 64x64 on. Slower is only a last convolution to 3 channels: 52 and 23.
+    products and sums are faster, and stay. GFLOP/s of two cores, YNNPACK's and XLA's, of 3x3 on
+    jax 0.10.2: 512x512 pixels, 128 channels 84 and 135; 256x256, 256 99 and 144; 64x64, 512 137 and
+    159; 16x16, 1024 75 and 131; 8x8, 1280 36 and 118; 1x1 at 256x256, 512 to 256 41 and 124. Jax
+    0.12.0 likewise, but alike from 64x64 on. Slower is only a last convolution to 3 channels: 52
+    and 23.
 
     Seconds of both cores for whole networks, told nothing and told this: ADM at 256 pixels 36.4
     and 33.0, at 64 3.16 and 3.09; the decoder of Stable Diffusion 42.7 and 32.7, its U-Net 11.9 and
     11.4; LDM 3.01 and 2.93; VQ-f4 8.80 and 8.50; DDPM 0.195 and 0.190; Inception, 16 images 4.68
     and 2.74. Were products XLA's too, Stable Diffusion's U-Net would take 13.4.
 
-    Integers are told nothing: XLA's own convolutions of int8 are plain loops. The bundled network
-    at W4A8, coverage 'full', takes 25 ms a step so, and 219 with the option (jax 0.12; 45 and 59
-    with 0.10.2).
+    Were sums its own, as they were when this was measured, DDPM would take 1.05 to 1.07 times as
+    long: those of a normalization over pixels take 1.1 ms instead of 0.2 (8x32x32x128).
+
+    From jax 0.11 on integers are told nothing: they have convolutions of int8, of which XLA's own
+    are plain loops. The bundled network at W4A8, coverage 'full', takes 25 ms a step so, and 219
+    with the option. Before, all their convolutions are products (`kernels.int_conv.xla`).
 
     Args:
       weights: of the network, arrays or their shapes; int8 or packed ones make it an integer one.
@@ -57,15 +62,22 @@ def network_options(weights: Any = ()) -> dict[str, Any] | None:
     Returns:
       Options for `jax.jit`; None on other back ends, and where XLA does not know them.
     """
-    if any(leaf.dtype in (jnp.int8, jnp.uint8) for leaf in jax.tree.leaves(weights)):
-        return None
-    return _float_options()
+    return _library_options(has_integers=_are_integers(weights)) or None
+
+
+def _are_integers(weights: Any) -> bool:
+    return any(leaf.dtype in (jnp.int8, jnp.uint8) for leaf in jax.tree.leaves(weights))
+
+
+def _library_options(*, has_integers: bool) -> dict[str, Any]:
+    return {} if has_integers and DIRECT_IS_FAST_ON_CPU else _float_options()
 
 
 @functools.cache
-def _float_options() -> dict[str, Any] | None:
-    options = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT'}
-    return options if jax.default_backend() == 'cpu' and are_known(options) else None
+def _float_options() -> dict[str, Any]:
+    kinds = 'LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_REDUCE'
+    options = {'xla_cpu_experimental_ynn_fusion_type': kinds}
+    return options if jax.default_backend() == 'cpu' and are_known(options) else {}
 
 
 def are_known(options: dict[str, Any]) -> bool:
@@ -151,7 +163,15 @@ def peak_bytes(compiled: Any) -> int:
     Args:
       compiled: what `jit(...).lower(...).compile()` gave.
     """
-    memory = compiled.memory_analysis()
-    size = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-    # Donated arguments lie in the same memory as the results.
-    return size + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return compiled.memory_analysis().argument_size_in_bytes + made_bytes(compiled)
+
+
+def made_bytes(compiled: Any) -> int:
+    """What a program adds to its arguments: results, but those in their place, and temporaries.
+
+    Args:
+      compiled: as in `peak_bytes`.
+    """
+    analysis = compiled.memory_analysis()
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.temp_size_in_bytes + results

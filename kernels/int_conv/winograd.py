@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int8, Int32
 
+from kernels.int_conv import groups
 from kernels.int_conv.reference import pad_with_codes
 from kernels.int_matmul import xla as dot
 
@@ -74,36 +75,10 @@ def int_conv(
         products = products.reshape(4, 4, images.shape[0], rows, columns, num_outputs)
         return _transform_output(products)
 
-    size = _group_size(B, 64 * rows * columns * num_outputs)
-    if size == B:
-        y = convolve(padded)
-    else:
-        y = _by_groups(convolve, padded, size, (B, 2 * rows, 2 * columns, num_outputs))
+    shape = B, 2 * rows, 2 * columns, num_outputs
+    size = groups.group_size(B, 2 * rows, 32 * columns * num_outputs, GROUP_BYTES)
+    y = groups.by_groups(convolve, padded, shape, size, kernel_rows=3, stride=1)
     return y[:, :height, :width]
-
-
-def _by_groups(convolve, padded, size, shape):
-    """`convolve` of `size` images at a time."""
-
-    def body(index, y):
-        images = lax.dynamic_slice_in_dim(padded, index * size, size)
-        return lax.dynamic_update_slice_in_dim(y, convolve(images), index * size, 0)
-
-    # 0, since no code is -128 here, but only once the codes are there: XLA for CPU otherwise makes
-    # the empty results of all layers first and keeps them all.
-    zero = (padded[0, 0, 0, 0] == -128).astype(jnp.int32)
-    return lax.fori_loop(0, shape[0] // size, body, jnp.broadcast_to(zero, shape))
-
-
-def _group_size(num_images: int, image_bytes: int) -> int:
-    """The most images, a divisor of all, whose terms stay below `GROUP_BYTES`; at least one.
-
-    All of them on several devices: a loop over images that these share would gather them.
-    """
-    if jax.device_count() > 1:
-        return num_images
-    divisors = (size for size in range(num_images, 0, -1) if num_images % size == 0)
-    return next((size for size in divisors if size * image_bytes <= GROUP_BYTES), 1)
 
 
 def _transform_input(padded, rows, columns):

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dmq_jax.models.convolution import convolve, convolve_enlarged
-from dmq_jax.models.ddpm_unet import upsampled
+from dmq_jax.models.convolution import convolve, convolve_enlarged, upsampled
 
 CHANNELS = 512
 

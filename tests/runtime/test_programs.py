@@ -50,11 +50,16 @@ def test_the_convolutions_of_a_network_are_not_given_to_another_library():
 
 
 @pytest.mark.skipif(network_options() is None, reason='this back end or its XLA has no such option')
-def test_steps_without_integers_are_told_what_networks_are():
+@pytest.mark.parametrize('has_direct', [False, True])
+def test_steps_are_told_what_networks_are_but_where_they_have_convolutions_of_integers(
+    has_direct, monkeypatch
+):
+    monkeypatch.setattr(programs, 'DIRECT_IS_FAST_ON_CPU', has_direct)
     told = programs.step_options(has_integers=False)
     assert network_options().items() <= told.items()
-    left = programs.step_options(has_integers=True) or {}
-    assert left.keys() == told.keys() - network_options().keys()
+    integers = programs.step_options(has_integers=True) or {}
+    without = told.keys() - network_options().keys()
+    assert integers.keys() == (without if has_direct else told.keys())
 
 
 def test_copies_are_arrays_of_their_own_where_the_others_lie():
@@ -101,7 +106,8 @@ def test_static_arguments_and_the_function_within_other_programs():
 
 
 @pytest.mark.parametrize('dtype, is_told', [('int8', False), ('uint8', False), ('float32', True)])
-def test_programs_of_integer_weights_are_told_nothing(dtype, is_told):
+def test_programs_of_integer_weights_are_told_nothing(dtype, is_told, monkeypatch):
+    monkeypatch.setattr(programs, 'DIRECT_IS_FAST_ON_CPU', True)
     weights = {'kernel': jnp.ones((3, 3), dtype), 'bias': jnp.ones(3)}
     assert network_options(weights) == (network_options() if is_told else None)
     program = NetworkProgram(lambda x, weights: x @ weights['kernel'].astype('float32'), weights=1)

@@ -5,8 +5,8 @@ import pytest
 
 from kernels import choices, cpu, packing
 from kernels.epilogue import Epilogue
-from kernels.int_conv import choose, int_conv, winograd, xla
-from kernels.int_conv.shapes import REAL, SMALL
+from kernels.int_conv import choose, groups, int_conv, winograd, xla
+from kernels.int_conv.shapes import REAL, SMALL, Shape
 
 # Those that run without a GPU; the test of the kernel has the other.
 PORTABLE = ('xla', 'reference')
@@ -254,19 +254,44 @@ def test_narrow_codes_take_winograd_on_a_cpu_without_int8_dots(monkeypatch):
 @pytest.mark.parametrize('platform', xla.dot.PLATFORMS)
 def test_only_tpu_and_recent_cpu_use_the_direct_convolution(platform, monkeypatch):
     monkeypatch.setattr(jax, 'default_backend', lambda: platform)
-    monkeypatch.setattr(xla, '_DIRECT_IS_FAST_ON_CPU', True)
+    monkeypatch.setattr(xla, 'DIRECT_IS_FAST_ON_CPU', True)
     algorithm, _ = xla.choose_algorithm((128, 3, 3, 128))
     assert algorithm == ('im2col' if platform == 'gpu' else 'direct')
-    monkeypatch.setattr(xla, '_DIRECT_IS_FAST_ON_CPU', False)
+    monkeypatch.setattr(xla, 'DIRECT_IS_FAST_ON_CPU', False)
     algorithm, _ = xla.choose_algorithm((128, 3, 3, 128))
     assert algorithm == ('direct' if platform == 'tpu' else 'im2col')
 
 
 def test_columns_larger_than_the_caches_are_not_copied_on_cpu(monkeypatch):
-    monkeypatch.setattr(xla, '_DIRECT_IS_FAST_ON_CPU', False)
+    monkeypatch.setattr(xla, 'DIRECT_IS_FAST_ON_CPU', True)
     algorithm, reason = xla.choose_algorithm((128, 3, 3, 256), num_pixels=8192)
     assert algorithm == 'direct' and '19 MB' in reason
     assert xla.choose_algorithm((128, 3, 3, 256), num_pixels=512)[0] == 'im2col'
+    # Before, in groups.
+    monkeypatch.setattr(xla, 'DIRECT_IS_FAST_ON_CPU', False)
+    assert xla.choose_algorithm((128, 3, 3, 256), num_pixels=8192)[0] == 'im2col'
+
+
+# Of 4 images: all at once; two and one; strips of 3 rows and of 1 of the 6.
+@pytest.mark.parametrize('most', [10**6, 2 * 6 * 504, 6 * 504, 3 * 504, 1])
+@pytest.mark.parametrize('stride', [1, 2])
+def test_columns_are_made_of_a_few_images_or_rows_at_a_time(most, stride, monkeypatch):
+    shape = Shape(4, 6 * stride, 7 * stride, 8, 8, 3, stride, (1, 1) if stride == 1 else (0, 1))
+    x, w, geometry = operands(shape)
+    monkeypatch.setattr(xla, 'LARGEST_COLUMNS', most)
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    sizes = []
+    by_groups = groups.by_groups
+    monkeypatch.setattr(
+        groups, 'by_groups', lambda *args, **kw: sizes.append(args[3]) or by_groups(*args, **kw)
+    )
+    run = jax.jit(lambda x, w, pad: xla.im2col(x, w, **(geometry | {'pad_value': pad})))
+    pad_value = jnp.asarray([3, -128, 0, 127], jnp.int32)
+    got = run(jnp.asarray(x), jnp.asarray(w), pad_value)
+    want = oracle(x, w, **(geometry | {'pad_value': np.asarray(pad_value)}))
+    np.testing.assert_array_equal(got, want)
+    expected = {10**6: (4, 6), 6048: (2, 6), 3024: (1, 6), 1512: (1, 3), 1: (1, 1)}
+    assert sizes == [expected[most]]
 
 
 def test_choose_names_what_runs_and_why():
