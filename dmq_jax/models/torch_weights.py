@@ -172,7 +172,8 @@ def read_params(
       put: what it returns takes the place of an array; see `put_params`.
 
     Raises:
-      ValueError: naming the first tensor that is missing, left over, of another shape or no float.
+      ValueError: naming the first tensor that is missing, left over, of another shape or no float,
+        or the first parameter that is not finite.
     """
     names = {name: name for name in tensors} if names is None else names
     expected = expected_tensors(shapes, source)
@@ -224,6 +225,9 @@ def put_params(
       dtype: of the parameters.
       put: called with path and array; what it returns takes the place of the array. One that is a
         `PartialPut` is given the parts that it keeps.
+
+    Raises:
+      ValueError: a parameter has values that are not finite; names it.
     """
     dtype, is_partial = np.dtype(dtype), hasattr(put, 'indices')
     flat = {}
@@ -317,13 +321,19 @@ def _copied(
     A few tensors are copied at a time.
     """
 
-    def copies(tensor: np.ndarray, parts: list[Index]) -> list[np.ndarray]:
-        return [_copy(tensor[part], dtype) for part in parts]
+    def copies(path: str, tensor: np.ndarray, parts: list[Index]) -> list[np.ndarray]:
+        made = [_copy(tensor[part], dtype) for part in parts]
+        if not all(map(_is_finite, made)):
+            raise ValueError(
+                f'parameter {path!r} has values that are not finite: is the file damaged, or did '
+                f'its weights overflow in half precision?'
+            )
+        return made
 
     with concurrent.futures.ThreadPoolExecutor(_COPIED_AT_ONCE) as threads:
         waiting: collections.deque[tuple[Any, ...]] = collections.deque()
         for path, tensor in tensors:
-            future = threads.submit(copies, tensor, indices(path, tensor.shape))
+            future = threads.submit(copies, path, tensor, indices(path, tensor.shape))
             waiting.append((path, tensor.shape, future))
             if len(waiting) == _COPIED_AT_ONCE:
                 path, shape, future = waiting.popleft()
@@ -343,6 +353,17 @@ def _copy(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
     array = raw[start : start + size].view(dtype).reshape(tensor.shape)
     np.copyto(array, tensor, casting='unsafe')
     return array
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    """Whether an array has neither NaN nor infinity."""
+    if array.size == 0:
+        return True
+    if array.dtype.itemsize == 2:  # NumPy compares numbers of 16 bits one by one
+        exponent = np.uint16(0x7C00 if array.dtype == np.float16 else 0x7F80)
+        return not np.any((array.view(np.uint16) & exponent) == exponent)
+    with np.errstate(invalid='ignore'):
+        return bool(np.isfinite(array.min()) and np.isfinite(array.max()))
 
 
 def _nearest(name: str, candidates: Iterable[str]) -> list[str]:

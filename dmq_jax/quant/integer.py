@@ -66,7 +66,7 @@ def integer_layer(
         return _fused(module, x, rows, weight, spec, bias, dtype)
     else:
         y = _accumulate(module, x, rows, weight, spec)
-    return _with_bias(module, scale_channels(y, channels, 'output'), part).astype(dtype)
+    return _with_bias(scale_channels(y, channels, 'output'), bias).astype(dtype)
 
 
 def straight_through_layer(
@@ -94,7 +94,7 @@ def straight_through_layer(
     if jnp.issubdtype(weight['codes'].dtype, jnp.integer):
         y = _frozen_product(module, geometry, scaled, rows, dict(weight), spec)
         y = scale_channels(y, channels, 'output')
-        return _with_bias(module, y, part).astype(module.dtype or x.dtype)
+        return _with_bias(y, _bias(module, part)).astype(module.dtype or x.dtype)
 
     def multiply(x, rows, weight, channels, bias):
         shape = weight['codes'].shape
@@ -102,7 +102,7 @@ def straight_through_layer(
             weight['codes'], expand(weight['scale'], shape), expand(weight['zero_point'], shape)
         )
         x_hat = x if rows is None else fake_quantize_input(x, rows, spec.inputs)
-        if rows is None or 'gate' in rows or not products.integers_are_faster():
+        if not _takes_integers(rows):
             value = products.product(x_hat, kernel, geometry)
         else:
             entry = int8_weight(
@@ -112,13 +112,17 @@ def straight_through_layer(
             )  # fmt: skip
             value = _accumulate(module, *jax.lax.stop_gradient((x, rows, entry)), spec)
         y = products.with_float_gradients(geometry, x_hat, kernel, jax.lax.stop_gradient(value))
-        y = scale_channels(y, channels, 'output')
-        return y if bias is None else y + _as_last(bias.astype(jnp.float32), y.ndim)
+        return _with_bias(scale_channels(y, channels, 'output'), bias)
 
     y = _keeping_bytes(multiply, spec.weight)(
         scaled, rows, dict(weight), channels, _bias(module, part)
     )
     return y.astype(module.dtype or x.dtype)
+
+
+def _takes_integers(rows: Rows | None) -> bool:
+    """Whether the value of a product in training is that of integers here."""
+    return rows is not None and 'gate' not in rows and products.integers_are_faster()
 
 
 def _keeping_bytes(multiply: Callable[..., Array], spec: QuantSpec) -> Callable[..., Array]:
@@ -165,7 +169,7 @@ def _frozen_product(module, geometry, x, rows, weight, spec):
     """The product with the integers of an entry of `integer_weight`."""
     frozen = _Frozen(geometry, _kernel_size(module), spec.weight, x.shape)
     x_hat = x if rows is None else fake_quantize_input(x, rows, spec.inputs)
-    if rows is None or 'gate' in rows or not products.integers_are_faster():
+    if not _takes_integers(rows):
         kernel = frozen.kernel(weight, x_hat)
         value = products.product(jax.lax.stop_gradient(x_hat), kernel, geometry)
     else:
@@ -217,7 +221,7 @@ def scaled_layer(
         scaled = fake_quantize_input(scaled, rows, spec.inputs)
     kernel = _kernel(module, part).astype(jnp.float32)
     y = scale_channels(products.product(scaled, kernel, geometry), channels, 'output')
-    return _with_bias(module, y, part).astype(module.dtype or x.dtype)
+    return _with_bias(y, _bias(module, part)).astype(module.dtype or x.dtype)
 
 
 def float_branch(
@@ -246,8 +250,7 @@ def _kernel(module: nn.Dense | nn.Conv, part: Part | None) -> Array:
     return kernel if part is None else kernel[..., part.begin : part.end, :]
 
 
-def _with_bias(module: nn.Dense | nn.Conv, y: Array, part: Part | None) -> Array:
-    bias = _bias(module, part)
+def _with_bias(y: Array, bias: Array | None) -> Array:
     return y if bias is None else y + _as_last(bias.astype(jnp.float32), y.ndim)
 
 

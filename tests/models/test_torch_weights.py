@@ -125,6 +125,21 @@ def test_parameters_have_the_dtype_asked_for(stored, wanted):
     )
 
 
+@pytest.mark.parametrize('stored', [np.float16, np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize('wanted', [np.float16, np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf, 6e4])
+def test_parameters_that_are_not_finite_are_refused_by_name(stored, wanted, value):
+    array = np.ones((3, 4), stored)
+    array[1, 2] = value
+    arrays = [('a/kernel', np.ones(2, np.float32)), ('b/kernel', array)]
+    if np.isfinite(value):
+        found = torch_weights.put_params(arrays, dtype=wanted)['b']['kernel']
+        assert float(found[1, 2]) == pytest.approx(value, rel=0.01)
+        return
+    with pytest.raises(ValueError, match="parameter 'b/kernel' has values that are not finite"):
+        torch_weights.put_params(arrays, dtype=wanted)
+
+
 def test_parameters_keep_no_hold_on_the_tensors():
     tensors = write_tensors(random_params(), source)
     for leaf in jax.tree.leaves(read_params(tensors, SHAPES, source)):
