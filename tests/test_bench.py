@@ -10,18 +10,18 @@ import pytest
 
 from dmq_jax import bench, denoisers
 from dmq_jax.diffusion.schedule import Schedule
-from dmq_jax.models.ddpm_unet import DDPMUNet
+from dmq_jax.models.dit import DiT
 from tests import tiny
 
 
 @pytest.fixture(scope='module')
 def teacher():
-    network = DDPMUNet(
-        channels=(4,), in_channels=1, layers_per_block=1, num_groups=2, down_attention=(False,),
-        mid_attention=False,
+    network = DiT(
+        num_layers=1, num_heads=2, head_dim=4, sample_size=4, num_classes=3,
+        in_channels=1, out_channels=1,
     )  # fmt: skip
     info = denoisers.DenoiserInfo(
-        schedule=Schedule(kind='linear'), prediction='eps', image_shape=(4, 4, 1), num_classes=None
+        schedule=Schedule(kind='linear'), prediction='eps', image_shape=(4, 4, 1), num_classes=3
     )
     return tiny.random_denoiser(network, info)
 

@@ -18,16 +18,21 @@ from dmq_jax.quant.plan import INPUT_ROLES
 from dmq_jax.quant.tensor import scale_shape, unpack
 from tests import tiny
 
+FLOAT = {'weight_bits': 32, 'activation_bits': 32}
+# Every layer at 4 bits; otherwise some of each kind, which is less to compile.
+DEEP = {'pattern': '(mid|up_0)/.*', **FLOAT}
 VARIANTS = {
     'w4a4': {},
-    'w2a8 asymmetric': {'weight_bits': 2, 'activation_bits': 8, 'weight_symmetric': False},
+    'w2a8 asymmetric': {
+        'weight_bits': 2, 'activation_bits': 8, 'weight_symmetric': False, 'rules': (DEEP,),
+    },
     'w8a4 asymmetric, groups': {
         'weight_bits': 8, 'weight_symmetric': False, 'weight_group_size': 4,
-        'rules': ({'pattern': 'conv_in|time_embed/.*', 'weight_bits': 32, 'activation_bits': 32},),
+        'rules': (DEEP, {'pattern': 'conv_in|time_embed/.*', **FLOAT}),
     },
     'w3a6 per run, symmetric': {
         'weight_bits': 3, 'activation_bits': 6, 'activation_symmetric': True,
-        'per_timestep': False,
+        'per_timestep': False, 'rules': (DEEP,),
     },
 }  # fmt: skip
 
