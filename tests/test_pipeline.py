@@ -41,7 +41,9 @@ def get_config(arg=None):
     config.calibrate.values_per_tensor = 32
     config.sample.num_images, config.sample.batch_size = {num_images}, 4
     config.report.grid_size = 2
-    quant = dict(weight_observer='minmax', activation_observer='minmax')
+    # Some layers stay float: there is less to compile.
+    few = dict(pattern='(mid/block_1|up_0/block_1)/.*', weight_bits=32, activation_bits=32)
+    quant = dict(weight_observer='minmax', activation_observer='minmax', rules=[few])
     config.students.rtn = student(quant=dict(coverage='full', weight_bits=3, **quant))
     config.students.edm = student(
         dict(name='efficientdm', lora_rank=2, channels=dict(strength=1.0)),
@@ -288,14 +290,8 @@ def test_what_can_fail_cheaply_fails_before_anything_is_made(config_file, tmp_pa
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(config_file, tmp_path):
-    teacher = teachers.load_teacher(config_file.parent / 'teacher.safetensors')
-    params = {
-        **teacher.params,
-        'conv_out': jax.tree.map(lambda a: a / 0, teacher.params['conv_out']),
-    }
-    teachers.save_teacher(tmp_path / 'broken.safetensors', teacher._replace(params=params))
-    config = read_config(config_file, teacher__path=str(tmp_path / 'broken.safetensors'))
-    with pytest.raises(FloatingPointError, match=r'finetune edm: loss is .* at step 4') as caught:
+    config = read_config(config_file, students__edm__method__lora_rate_per_scale=1e38)
+    with pytest.raises(FloatingPointError, match=r'finetune edm: loss is .* at step \d+') as caught:
         pipeline.run(config, tmp_path, ['finetune'])
     assert command_line._is_users(caught.value)
     assert not (tmp_path / 'students' / 'edm' / 'state').exists()
