@@ -5,7 +5,9 @@
 
 FOLDER holds the user's images, in one subfolder per class or all of class 0; it may be an .npz as
 well, such as the one that `configs/prepare_fashion_mnist.py` writes, or `teacher`: images that the
-teacher draws. Every layer is quantized, as in the paper, whose activations stay in float:
+teacher draws. With few images of one thing the student forgets the others; what keeps it from that,
+as DreamBooth's prior preservation does, is `--config.students.tuneqdm.adapt.class_images=teacher`,
+or a folder. Every layer is quantized, as in the paper, whose activations stay in float:
 `--config.students.tuneqdm.quant.activation_bits=32`.
 """
 

@@ -71,18 +71,26 @@ class Adapted(NamedTuple):
     memory_mb: float | None = None
 
 
-def check_images(info: denoisers.DenoiserInfo, config: AdaptConfig) -> images_lib.ImageSet | None:
+def check_images(
+    info: denoisers.DenoiserInfo, config: AdaptConfig, *, name: str = 'images'
+) -> images_lib.ImageSet | None:
     """The user's images, if the teacher could have drawn them; None where it is to draw them.
+
+    Args:
+      info: of the teacher.
+      config: where they are, and the class of those without labels.
+      name: of its option, 'images' or 'class_images'.
 
     Raises:
       ValueError: images or classes that the teacher cannot have, or a teacher of latents.
     """
     height, width, channels = info.image_shape
-    found = None if config.images == TEACHER else images_lib.load_images(config.images)
+    path = getattr(config, name)
+    found = None if path == TEACHER else images_lib.load_images(path)
     depth = channels if found is None else found.images.shape[-1]
     if info.is_latent or depth != channels or height != width:
         raise ValueError(
-            f'adapt.images={config.images!r}: images of {depth} channels; expected {channels}, for '
+            f'adapt.{name}={path!r}: images of {depth} channels; expected {channels}, for '
             f'a teacher that draws square images and no latents.'
         )
     labels = None if found is None else found.labels
@@ -90,7 +98,7 @@ def check_images(info: denoisers.DenoiserInfo, config: AdaptConfig) -> images_li
         labels = np.asarray([config.label])
     if info.num_classes is not None and not 0 <= labels.min() <= labels.max() < info.num_classes:
         raise ValueError(
-            f'adapt: classes {labels.min()} to {labels.max()}; expected 0 to '
+            f'adapt.{name}: classes {labels.min()} to {labels.max()}; expected 0 to '
             f'{info.num_classes - 1}, those of the teacher.'
         )
     return found
@@ -137,6 +145,7 @@ def make_loss(
     lookup: str,
     label_dropout: float,
     remat: str,
+    prior_weight: float | None = None,
 ) -> Callable[..., Float[Array, '']]:
     """(state, constants, images, labels, key) -> denoising loss; differentiable in the state.
 
@@ -149,6 +158,8 @@ def make_loss(
       label_dropout: share of labels replaced by the null class.
       remat: regular expression over paths of modules; what is computed in them is computed again
         in the backward pass. '': nothing is.
+      prior_weight: the second half of the images is what the student shall not forget, and this the
+        weight of its loss (prior preservation, DreamBooth, arXiv:2208.12242); None: all are one.
     """
     info = teacher.info
     student = denoisers.QuantizedPredict(teacher.network, tuple(plan.items()), lookup, 'fake')
@@ -177,7 +188,11 @@ def make_loss(
         # Entered first, so that what the student does to its layers is done again as well.
         with recomputed(remat) if remat else contextlib.nullcontext():
             output = predict(bound, x_t, t, labels)
-        return method.loss(Prediction(output), Prediction(target))
+        if prior_weight is None:
+            return method.loss(Prediction(output), Prediction(target))
+        halves = zip(jnp.split(output, 2), jnp.split(target, 2), strict=True)
+        own, prior = (method.loss(Prediction(got), Prediction(want)) for got, want in halves)
+        return own + prior_weight * prior
 
     return loss
 
@@ -191,12 +206,15 @@ def make_train_step(
     *,
     has_integers: bool,
 ) -> Callable[..., tuple[TrainState, Float[Array, '']]]:
-    """The step, to be compiled: (train state, constants, images, labels) -> (train state, loss).
+    """The step, to be compiled: (train state, constants, *sets) -> (train state, loss).
+
+    Each of the sets is images and their labels (None iff the teacher has none); a batch of every
+    one of them makes the step, in this order.
 
     Args:
       loss: from `make_loss`.
       optimizer: of the method.
-      batch_size: images drawn from `images` for a step.
+      batch_size: images drawn from each set for a step.
       key: root key of batches, timesteps and noise.
       device_mesh: splits every batch.
       has_integers: whether the student multiplies integers; see `programs.step_options`.
@@ -204,10 +222,15 @@ def make_train_step(
     options = programs.step_options(has_integers=has_integers)
 
     @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
-    def train_step(train, constants, pixels, labels):
+    def train_step(train, constants, *sets):
         step_key = jax.random.fold_in(key, train.step)
-        indices = jax.random.randint(step_key, (batch_size,), 0, pixels.shape[0])
-        batch = pixels[indices], None if labels is None else labels[indices]
+        # 1 is the key of the loss.
+        keys = [step_key, *(jax.random.fold_in(step_key, 2 + i) for i in range(len(sets) - 1))]
+        batches = []
+        for which, images in zip(keys, sets, strict=True):
+            indices = jax.random.randint(which, (batch_size,), 0, images[0].shape[0])
+            batches.append(jax.tree.map(lambda leaf, indices=indices: leaf[indices], images))
+        batch = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
         batch = mesh.constrain(batch, mesh.shardings(device_mesh, batch, _BATCH_RULES))
         constants = mesh.whole(device_mesh, constants)
         value, gradients = jax.value_and_grad(loss)(
@@ -232,6 +255,7 @@ def run(
     *,
     images: Float[np.ndarray, 'N H W C'],
     labels: Int[np.ndarray, 'N'] | None,
+    prior: tuple[Float[np.ndarray, 'M H W C'], Int[np.ndarray, 'M'] | None] | None = None,
     key: Key[Array, ''],
     workdir: Path,
     device_mesh: mesh.Mesh,
@@ -249,6 +273,7 @@ def run(
       config: iterations, batch.
       images: in [-1, 1], of the teacher's size.
       labels: their classes; None iff the teacher has none.
+      prior: images and labels that the student shall not forget, if any.
       key: root key of batches, timesteps and noise.
       workdir: receives checkpoints and `metrics.jsonl`.
       device_mesh: splits every batch, and weights between their uses; images and scales, which are
@@ -266,7 +291,10 @@ def run(
             "adapt: this method's loss compares features with the teacher's; choose loss='output'."
         )
     dropout = config.label_dropout if labels is not None else 0.0
-    loss = make_loss(teacher, method, plan, timesteps, lookup, dropout, config.remat)
+    loss = make_loss(
+        teacher, method, plan, timesteps, lookup, dropout, config.remat,
+        None if prior is None else config.prior_weight,
+    )  # fmt: skip
     optimizer = method.optimizer(state, Decay(config.num_iterations))
 
     train_step = make_train_step(
@@ -274,7 +302,8 @@ def run(
     )
     constants = make_constants(teacher, method, state, plan)
     constants = mesh.shard_weights(device_mesh, constants)
-    images, labels = mesh.replicate(device_mesh, (images, labels))
+    sets = [(images, labels)] if prior is None else [(images, labels), prior]
+    sets = mesh.replicate(device_mesh, sets)
     train = TrainState(state, optimizer.init(state), jnp.zeros((), jnp.int32))
     # A copy: the step donates its state, and moments may be one array of zeros.
     train = mesh.replicate(device_mesh, programs.copied(train))
@@ -282,7 +311,7 @@ def run(
         restored = checkpoints.restore_latest(like=(train, np.zeros((), np.float32)))
         train, spent_s = (train, 0.0) if restored is None else (restored[0], float(restored[1]))
         train, duration_s = descent.descend(
-            lambda train: train_step(train, constants, images, labels), train, spent_s, config,
+            lambda train: train_step(train, constants, *sets), train, spent_s, config,
             checkpoints=checkpoints, writer=writer, description=description,
         )  # fmt: skip
     return Adapted(mesh.fetch(device_mesh, train.state), duration_s)

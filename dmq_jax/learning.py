@@ -81,7 +81,8 @@ def make_run(
         if student.reconstruct.num_iterations:
             reconstruct.check_mesh(device_mesh, student.reconstruct)
         if student.adapt.num_iterations:
-            adapt.check_images(teacher.info, student.adapt)
+            for name in _image_options(student.adapt):
+                adapt.check_images(teacher.info, student.adapt, name=name)
     for sampler in samplers:
         denoisers.make_denoiser_sampler(teacher, sampler)
     return Run(config, workdir, teacher, layers, plans, device_mesh,
@@ -132,7 +133,7 @@ def prepare(context: Run) -> None:
     """Makes what students share and is not there: the calibration, images they learn from."""
     calibration(context)
     for student in context.config.students.values():
-        if student.adapt.num_iterations and student.adapt.images == adapt.TEACHER:
+        if student.adapt.num_iterations and _is_drawn(student.adapt):
             drawn_images(context, student.adapt.num_images)
 
 
@@ -233,14 +234,29 @@ def learn(context: Run, name: str) -> Learnt:
 def adapt_images(context: Run, config: AdaptConfig) -> dict[str, Any]:
     """What a student is adapted to: `images` in [-1, 1], as large as the teacher's, and `labels`.
 
+    Where the config names such, `prior` is a pair of both, of what is not to be forgotten.
+
     Raises:
       ValueError: see `adapt.check_images`.
     """
-    found = adapt.check_images(context.teacher.info, config)
-    if found is None:
-        found = drawn_images(context, config.num_images)
-    images, labels = adapt.fit_images(context.teacher.info, config, found)
-    return {'images': np.asarray(sampling.to_float(images)), 'labels': labels}
+    sets = []
+    for name in _image_options(config):
+        found = adapt.check_images(context.teacher.info, config, name=name)
+        if found is None:
+            found = drawn_images(context, config.num_images)
+        images, labels = adapt.fit_images(context.teacher.info, config, found)
+        sets.append((np.asarray(sampling.to_float(images)), labels))
+    (images, labels), *prior = sets
+    return {'images': images, 'labels': labels, 'prior': prior[0] if prior else None}
+
+
+def _image_options(config: AdaptConfig) -> list[str]:
+    """The options that name images, those to learn first."""
+    return ['images', 'class_images'] if config.class_images else ['images']
+
+
+def _is_drawn(config: AdaptConfig) -> bool:
+    return any(getattr(config, name) == adapt.TEACHER for name in _image_options(config))
 
 
 def drawn_images(context: Run, num_images: int) -> images_lib.ImageSet:
@@ -285,19 +301,24 @@ def student_options(context: Run, student: StudentConfig) -> dict[str, Any]:
         del options['adapt'][name]
     del options['title']
     # Named where it is asked for: what is made without it stays what it was.
-    if student.adapt.images != adapt.TEACHER:
+    if not _is_drawn(student.adapt):
         del options['adapt']['num_images']
-    images = None
-    if student.adapt.num_iterations and student.adapt.images == adapt.TEACHER:
-        images = drawn_options(context, student.adapt.num_images)
-    elif student.adapt.num_iterations:
-        # By what they are: files behind a path may change.
-        found = images_lib.load_images(student.adapt.images)._asdict()
-        images = artefacts.digest({n: array for n, array in found.items() if array is not None})
+    if not student.adapt.class_images:
+        del options['adapt']['class_images'], options['adapt']['prior_weight']
+    sets = []
+    for name in _image_options(student.adapt) if student.adapt.num_iterations else ():
+        path = getattr(student.adapt, name)
+        if path == adapt.TEACHER:
+            sets.append(drawn_options(context, student.adapt.num_images))
+        else:  # By what they are: files behind a path may change.
+            found = images_lib.load_images(path)._asdict()
+            found = {n: array for n, array in found.items() if array is not None}
+            sets.append(artefacts.digest(found))
     return {
         'student': options,
         'calibration': artefacts.fingerprint(context.workdir / 'calibration'),
-        'images': images,
+        'images': sets[0] if sets else None,
+        **({'class_images': sets[1]} if len(sets) > 1 else {}),
     }
 
 

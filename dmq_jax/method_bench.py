@@ -320,13 +320,15 @@ def _adapting(setup: Setup, config: BenchConfig, remat: str = AdaptConfig().rema
         setup.state, optimizer.init(setup.state), jnp.zeros((), jnp.int32)
     )  # fmt: skip
     train = programs.copied(train)
-    compiled, compile_s = _compile(step, train, constants, images, labels)
+    compiled, compile_s = _compile(step, train, constants, (images, labels))
     # What is left is what the step needs.
     del setup, teacher, loss
     holder = [train]
     del train
     seconds, running_mb = _repeat(
-        lambda train: compiled(train, constants, images, labels)[0], holder.pop(), config.num_rounds
+        lambda train: compiled(train, constants, (images, labels))[0],
+        holder.pop(),
+        config.num_rounds,
     )
     program_mb = programs.peak_bytes(compiled) / memory.MEGABYTE
     return Timed(100 * seconds, compile_s, program_mb, running_mb)

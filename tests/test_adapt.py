@@ -1,8 +1,10 @@
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import traverse_util
 
@@ -192,6 +194,67 @@ def test_gradients_do_not_depend_on_what_is_computed_again(adapted):
     # The same operations, perhaps fused otherwise.
     close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5 * size)
     jax.tree.map(close, kept, again)
+
+
+def test_what_is_not_to_be_forgotten_has_a_loss_of_its_own_weight(adapted):
+    constants = adapt.make_constants(adapted.teacher, adapted.method, adapted.state, adapted.plan)
+    batch = {name: array[:4] for name, array in images().items()}
+
+    def value(prior_weight):
+        loss = adapt.make_loss(
+            adapted.teacher, adapted.method, adapted.plan, adapted.timesteps, 'nearest', 0.0, '',
+            prior_weight,
+        )  # fmt: skip
+        run = jax.jit(loss, compiler_options=FAST_COMPILE)
+        return float(run(adapted.state, constants, *batch.values(), jax.random.key(2)))
+
+    # The loss is a mean, so that of all images is the mean of both halves.
+    mean, once, thrice = value(None), value(1.0), value(3.0)
+    prior = (thrice - once) / 2
+    assert once == pytest.approx(2 * mean, rel=1e-5)
+    assert 0 < prior < once
+
+
+def test_a_step_sees_a_batch_of_each_set_and_of_the_first_one_the_same_as_without_the_other():
+    sets = [
+        (jnp.arange(size, dtype=jnp.float32).reshape(-1, 1, 1, 1) + begin, jnp.arange(size))
+        for begin, size in ((0, 20), (100, 30))
+    ]
+
+    def loss(state, constants, pixels, labels, key):
+        del constants, key
+        seen = jnp.concatenate([pixels.reshape(-1), labels.astype(jnp.float32)])
+        return jnp.sum(state['weights'] * seen)
+
+    def drawn(*sets):
+        step = adapt.make_train_step(
+            loss, optax.sgd(1.0), 4, jax.random.key(0), mesh.make_mesh(1), has_integers=False
+        )
+        state = {'weights': jnp.zeros(8 * len(sets))}
+        train = adapt.TrainState(state, optax.sgd(1.0).init(state), jnp.zeros((), jnp.int32))
+        # The gradient of each weight is what it was multiplied by.
+        return -np.asarray(step(train, None, *sets)[0].state['weights'])
+
+    alone, both = drawn(sets[0]).reshape(2, 4), drawn(*sets).reshape(2, 8)
+    np.testing.assert_array_equal(both[:, :4], alone)
+    np.testing.assert_array_equal(both[0, 4:], 100 + both[1, 4:])
+    assert len(set(both[0, 4:])) > 1
+
+
+def test_a_run_may_have_images_that_are_not_to_be_forgotten(adapted, tmp_path):
+    class_images, labels = (array[:6] for array in images().values())
+    config = dataclasses.replace(CONFIG, num_iterations=2, prior_weight=0.5)
+    state = adapt.run(
+        adapted.teacher, adapted.method, adapted.start, adapted.plan, adapted.timesteps, 'nearest',
+        config, **images(), prior=(class_images, labels), key=jax.random.key(1), workdir=tmp_path,
+        device_mesh=mesh.make_mesh(1), description='test',
+    ).state  # fmt: skip
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert any(
+        np.any(a != b) for a, b in zip(
+            jax.tree.leaves(state['output']), jax.tree.leaves(adapted.start['output']), strict=True
+        )
+    )  # fmt: skip
 
 
 def test_a_loss_on_features_is_refused(plan, tmp_path):

@@ -99,6 +99,47 @@ def test_images_of_a_file_are_named_by_what_they_are(context, tmp_path):
     assert seen[0] == seen[1] != seen[2]
 
 
+def test_images_that_are_not_to_be_forgotten_are_named_as_well(context, tmp_path):
+    file = tmp_path / 'images.npz'
+    np.savez(file, arr_0=np.full((4, 8, 8, 1), 7, np.uint8))
+    without = learning.student_options(context, ADAPTED)
+    assert 'class_images' not in without
+    assert not {'class_images', 'prior_weight'} & set(without['student']['adapt'])
+    student = changed(ADAPTED, 'adapt', class_images=str(file))
+    options = learning.student_options(context, student)
+    assert options['images'] == without['images']
+    assert isinstance(options['class_images'], str)
+    assert options['student']['adapt']['prior_weight'] == 1.0
+    drawn = changed(ADAPTED, 'adapt', images=str(file), class_images='teacher')
+    options = learning.student_options(context, drawn)
+    assert options['class_images'] == without['images']
+    assert options['student']['adapt']['num_images'] == 8
+
+
+def test_each_set_of_images_is_as_large_as_the_teachers_and_has_its_labels(context, tmp_path):
+    folder = [tmp_path / f'{name}.npz' for name in ('own', 'class')]
+    for file, value in zip(folder, (0, 255), strict=True):
+        np.savez(file, arr_0=np.full((4, 6, 6, 1), value, np.uint8))
+    own, others = map(str, folder)
+    config = changed(ADAPTED, 'adapt', images=own, label=2).adapt
+    assert learning.adapt_images(context, config)['prior'] is None
+    config = dataclasses.replace(config, class_images=others)
+    found = learning.adapt_images(context, config)
+    for (images, labels), value in (
+        ((found['images'], found['labels']), -1), (found['prior'], 1)
+    ):  # fmt: skip
+        assert images.shape == (4, 8, 8, 1) and images[0, 4, 4, 0] == value
+        np.testing.assert_array_equal(labels, [2] * 4)
+
+
+def test_class_images_that_the_teacher_cannot_have_are_refused_by_their_name(context, tmp_path):
+    np.savez(tmp_path / 'class.npz', arr_0=np.zeros((4, 8, 8, 3), np.uint8))
+    student = changed(ADAPTED, 'adapt', class_images=str(tmp_path / 'class.npz'))
+    config = dataclasses.replace(context.config, students={'two': student})
+    with pytest.raises(ValueError, match=r'adapt\.class_images=.*images of 3 channels; expected 1'):
+        learning.make_run(config, tmp_path, tiny.teacher(), device_mesh=mesh.make_mesh(1))
+
+
 def test_a_teacher_is_named_by_its_weights_and_what_they_mean():
     teacher, device_mesh = tiny.teacher(), mesh.make_mesh(1)
     name = learning.teacher_id(teacher, device_mesh)

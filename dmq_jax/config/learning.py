@@ -76,7 +76,11 @@ class AdaptConfig:
     # an .npz, a folder of images or of one subfolder per class, or tfds:NAME; 'teacher': drawn from
     # the teacher itself by the run's sampler (a folder of that name is './teacher')
     images: str = ''
-    num_images: int = 256  # drawn where images='teacher', evenly of all classes
+    # what the student shall not forget, given as `images` are: a batch of these beside each one of
+    # `images` (prior preservation, DreamBooth, arXiv:2208.12242); '': none
+    class_images: str = ''
+    prior_weight: float = 1.0  # of their loss beside that of `images`
+    num_images: int = 256  # drawn where either is 'teacher', evenly of all classes
     label: int = 0  # class of images without labels, for a teacher that has classes
     label_dropout: float = 0.1  # share of labels replaced by the null class, for guidance
     batch_size: int = 16  # images per optimizer step, each at a timestep of its own
@@ -89,6 +93,7 @@ class AdaptConfig:
     def __post_init__(self):
         check_at_least(self, 0, 'num_iterations', 'label')
         check_at_least(self, 1, 'batch_size', 'checkpoint_every', 'log_every', 'num_images')
+        check(self.prior_weight > 0, f'prior_weight={self.prior_weight}: expected more than 0.')
         check(0 <= self.label_dropout < 1, f'label_dropout={self.label_dropout}: expected 0..1.')
         check(
             self.num_iterations == 0 or bool(self.images),
