@@ -244,12 +244,14 @@ def test_of_a_teacher_kept_in_bfloat16_everything_is_learnt_and_bound_in_float32
     loss = finetune.make_loss(
         teacher, method, plan, TIMESTEPS, 'nearest', FinetuneConfig(sampler=SamplerConfig())
     )
-    # Gradients have the dtype of what they belong to.
-    value, _ = jax.eval_shape(loss, start, params, images, jnp.int32(50), None, jnp.ones(()))
+    (value, _), gradients = jax.eval_shape(
+        jax.value_and_grad(loss, has_aux=True), start, params, images, jnp.int32(50), None,
+        jnp.ones(()),
+    )  # fmt: skip
     bound = jax.eval_shape(method.bind, params, start)
     beside = bound.tables, bound.params, bound.channels
     scales = [(weight.scale, weight.zero_point) for weight in bound.weights.values()]
-    for leaf in jax.tree.leaves((start, value, scales, beside)):
+    for leaf in jax.tree.leaves((start, value, gradients, scales, beside)):
         assert leaf.dtype == jnp.float32
 
 
