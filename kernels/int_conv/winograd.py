@@ -11,7 +11,6 @@ times a code, the doubled rows of G (2 0 0), (1 1 1), (1 -1 1), (0 0 2) make U u
 one. Both fit int8 for 4-bit codes, also with their zero point taken out, and not for 8-bit ones.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int8, Int32
@@ -84,9 +83,7 @@ def int_conv(
 def _transform_input(padded, rows, columns):
     """B^T d B for the 4x4 tiles d at every second pixel: [4, 4, B, rows, columns, C]."""
     B, _, _, C = padded.shape
-    if jax.device_count() == 1:  # several would gather images that they share
-        # Fixed in memory: what cuts the images out would otherwise run again for each of the terms.
-        padded = dot.row_major(padded)
+    padded = groups.fixed(padded)
     pixels = padded.reshape(B, rows + 1, 2, columns + 1, 2, C)
     # What int8 wraps around on the way cancels, since the result fits.
     lines = jnp.stack(

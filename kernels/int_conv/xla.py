@@ -122,10 +122,7 @@ def im2col(
     pad_value: int | Int32[Array, ''] | Int32[Array, 'B'],
 ) -> Int32[Array, 'B Ho Wo O']:
     """Taps side by side, then one product [B Ho Wo, kh kw C] x [O, kh kw C]."""
-    padded = pad_with_codes(x, padding, pad_value)
-    if jax.device_count() == 1:  # several would gather images that they share
-        # Fixed in memory: what makes the codes would otherwise run again for each of the taps.
-        padded = dot.row_major(padded)
+    padded = groups.fixed(pad_with_codes(x, padding, pad_value))
     num_outputs, kh, kw, channels = w.shape
 
     def convolve(padded):
