@@ -27,7 +27,7 @@ def cells():
     """The methods, by name: their options, and how long they learn."""
     blocks = {'num_iterations': 100, 'num_timesteps': 10, 'num_images': 64}
     tuned = {'num_iterations': 150}
-    adapt = {'num_iterations': 150, 'images': 'teacher', 'num_images': 256}
+    adapt = {'num_iterations': 150}
     return {
         'rtn_static': {'quant': {'per_timestep': False}},
         'rtn': {},
@@ -66,6 +66,7 @@ def get_config(size: str = 'reduced'):
     if size not in SETTINGS:
         raise ValueError(f'{size!r}: expected one of {", ".join(SETTINGS)} after the file name.')
     config = base()
+    config.data.update({'path': 'teacher', 'num_images': 256})
     if size == 'reduced':
         config.sample.num_images = 500
     students = {}

@@ -8,7 +8,7 @@ by itself, and only the state of the student's method is learnt. Where its integ
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,13 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from dmq_jax import denoisers, descent
 from dmq_jax.config import AdaptConfig
 from dmq_jax.diffusion import samplers
 from dmq_jax.diffusion.schedule import alphas_cumprod
-from dmq_jax.files import images as images_lib
 from dmq_jax.methods.base import (
     Decay,
     Method,
@@ -32,13 +31,11 @@ from dmq_jax.methods.base import (
     freeze,
     without_kernels,
 )
+from dmq_jax.models.autoencoder import Moments, sample_latents
 from dmq_jax.quant.layers import recomputed
 from dmq_jax.quant.plan import Plan, multiplies_integers
 from dmq_jax.runtime import log, mesh, programs
 from dmq_jax.runtime.checkpoint import Checkpoints
-
-# In place of a path: images that the teacher draws.
-TEACHER = 'teacher'
 
 _BATCH_RULES = (('.*', (mesh.BATCH,)),)
 
@@ -71,55 +68,6 @@ class Adapted(NamedTuple):
     memory_mb: float | None = None
 
 
-def check_images(
-    info: denoisers.DenoiserInfo, config: AdaptConfig, *, name: str = 'images'
-) -> images_lib.ImageSet | None:
-    """The user's images, if the teacher could have drawn them; None where it is to draw them.
-
-    Args:
-      info: of the teacher.
-      config: where they are, and the class of those without labels.
-      name: of its option, 'images' or 'class_images'.
-
-    Raises:
-      ValueError: images or classes that the teacher cannot have, or a teacher of latents.
-    """
-    height, width, channels = info.image_shape
-    path = getattr(config, name)
-    found = None if path == TEACHER else images_lib.load_images(path)
-    depth = channels if found is None else found.images.shape[-1]
-    if info.is_latent or depth != channels or height != width:
-        raise ValueError(
-            f'adapt.{name}={path!r}: images of {depth} channels; expected {channels}, for '
-            f'a teacher that draws square images and no latents.'
-        )
-    labels = None if found is None else found.labels
-    if info.num_classes is None or labels is None:
-        labels = np.asarray([config.label])
-    if info.num_classes is not None and not 0 <= labels.min() <= labels.max() < info.num_classes:
-        raise ValueError(
-            f'adapt.{name}: classes {labels.min()} to {labels.max()}; expected 0 to '
-            f'{info.num_classes - 1}, those of the teacher.'
-        )
-    return found
-
-
-def fit_images(
-    info: denoisers.DenoiserInfo, config: AdaptConfig, found: images_lib.ImageSet
-) -> tuple[UInt8[np.ndarray, 'N H W C'], Int[np.ndarray, 'N'] | None]:
-    """Images as large as the teacher's, and their classes, None iff it has none.
-
-    Args:
-      info: of the teacher.
-      config: names the class of images without labels.
-      found: from `check_images`, or drawn by the teacher.
-    """
-    images, labels = images_lib.pad_images(found.images, info.image_shape[0]), found.labels
-    if info.num_classes is not None and labels is None:
-        labels = np.full(len(images), config.label, np.int32)
-    return images, None if info.num_classes is None else labels
-
-
 def make_constants(
     teacher: denoisers.Denoiser, method: Method, state: State, plan: Plan
 ) -> Constants:
@@ -149,6 +97,9 @@ def make_loss(
 ) -> Callable[..., Float[Array, '']]:
     """(state, constants, images, labels, key) -> denoising loss; differentiable in the state.
 
+    Where images are Gaussians of latents, every step draws its latents anew, as the training of
+    latent diffusion does (`LatentDiffusion.get_first_stage_encoding`).
+
     Args:
       teacher: network, schedule, classes.
       method: of the state; its `loss` compares the prediction with what is to be predicted.
@@ -172,6 +123,8 @@ def make_loss(
 
     def loss(state, constants, images, labels, key):
         time_key, noise_key, label_key = jax.random.split(key, 3)
+        if isinstance(images, Moments):
+            images = sample_latents(images, jax.random.fold_in(key, 3))
         batch = images.shape[0]
         t = jax.random.randint(time_key, (batch,), 0, info.schedule.num_train_timesteps)
         noise = jax.random.normal(noise_key, images.shape)
@@ -208,8 +161,8 @@ def make_train_step(
 ) -> Callable[..., tuple[TrainState, Float[Array, '']]]:
     """The step, to be compiled: (train state, constants, *sets) -> (train state, loss).
 
-    Each of the sets is images and their labels (None iff the teacher has none); a batch of every
-    one of them makes the step, in this order.
+    Each of the sets is images and their labels, see `run`; a batch of every one of them makes the
+    step, in this order.
 
     Args:
       loss: from `make_loss`.
@@ -228,7 +181,8 @@ def make_train_step(
         keys = [step_key, *(jax.random.fold_in(step_key, 2 + i) for i in range(len(sets) - 1))]
         batches = []
         for which, images in zip(keys, sets, strict=True):
-            indices = jax.random.randint(which, (batch_size,), 0, images[0].shape[0])
+            count = jax.tree.leaves(images)[0].shape[0]
+            indices = jax.random.randint(which, (batch_size,), 0, count)
             batches.append(jax.tree.map(lambda leaf, indices=indices: leaf[indices], images))
         batch = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *batches)
         batch = mesh.constrain(batch, mesh.shardings(device_mesh, batch, _BATCH_RULES))
@@ -253,9 +207,7 @@ def run(
     lookup: str,
     config: AdaptConfig,
     *,
-    images: Float[np.ndarray, 'N H W C'],
-    labels: Int[np.ndarray, 'N'] | None,
-    prior: tuple[Float[np.ndarray, 'M H W C'], Int[np.ndarray, 'M'] | None] | None = None,
+    sets: Sequence[tuple[Float[np.ndarray, 'N H W C'] | Moments, Int[np.ndarray, 'N'] | None]],
     key: Key[Array, ''],
     workdir: Path,
     device_mesh: mesh.Mesh,
@@ -271,9 +223,8 @@ def run(
       timesteps: of the rows of the state's tables.
       lookup: how a row is found for other timesteps.
       config: iterations, batch.
-      images: in [-1, 1], of the teacher's size.
-      labels: their classes; None iff the teacher has none.
-      prior: images and labels that the student shall not forget, if any.
+      sets: images in [-1, 1], of the teacher's size, or the Gaussians of their latents, and their
+        labels, None iff the teacher has none. A second set is what the student shall not forget.
       key: root key of batches, timesteps and noise.
       workdir: receives checkpoints and `metrics.jsonl`.
       device_mesh: splits every batch, and weights between their uses; images and scales, which are
@@ -290,10 +241,10 @@ def run(
         raise ValueError(
             "adapt: this method's loss compares features with the teacher's; choose loss='output'."
         )
-    dropout = config.label_dropout if labels is not None else 0.0
+    dropout = config.label_dropout if sets[0][1] is not None else 0.0
     loss = make_loss(
         teacher, method, plan, timesteps, lookup, dropout, config.remat,
-        None if prior is None else config.prior_weight,
+        None if len(sets) == 1 else config.prior_weight,
     )  # fmt: skip
     optimizer = method.optimizer(state, Decay(config.num_iterations))
 
@@ -302,8 +253,7 @@ def run(
     )
     constants = make_constants(teacher, method, state, plan)
     constants = mesh.shard_weights(device_mesh, constants)
-    sets = [(images, labels)] if prior is None else [(images, labels), prior]
-    sets = mesh.replicate(device_mesh, sets)
+    sets = mesh.replicate(device_mesh, [*map(tuple, sets)])
     train = TrainState(state, optimizer.init(state), jnp.zeros((), jnp.int32))
     # A copy: the step donates its state, and moments may be one array of zeros.
     train = mesh.replicate(device_mesh, programs.copied(train))

@@ -42,6 +42,7 @@ def quantize(
     reconstruct_options: dict[str, Any] | None = None,
     finetune_options: dict[str, Any] | None = None,
     adapt_options: dict[str, Any] | None = None,
+    data_options: dict[str, Any] | None = None,
     **quant_options: Any,
 ) -> Exported:
     """Calibrates a teacher, lets the student learn as its method does, and packs it.
@@ -62,8 +63,10 @@ def quantize(
       calibrate_options: fields of `config.CalibrateConfig`.
       reconstruct_options: fields of `config.ReconstructConfig`.
       finetune_options: fields of `config.FinetuneConfig`.
-      adapt_options: fields of `config.AdaptConfig`; `images` is a file, a folder, 'tfds:NAME', or
-        'teacher': drawn by the teacher with the sampler of the calibration.
+      adapt_options: fields of `config.AdaptConfig`.
+      data_options: fields of `config.DataConfig`, for methods that learn from images: `path` is a
+        file, a folder, 'tfds:NAME', or 'teacher': drawn by the teacher with the sampler of the
+        calibration; `prompt` says what they show to a teacher of texts.
       **quant_options: fields of `config.QuantConfig`: `weight_bits`, `activation_bits`,
         `coverage`, ...
 
@@ -80,9 +83,17 @@ def quantize(
         {'reconstruct': reconstruct_options, 'finetune': finetune_options, 'adapt': adapt_options},
     )  # fmt: skip
     calibrate = config_lib.from_config_dict(calibrate_options or {}, config_lib.CalibrateConfig)
+    data = config_lib.from_config_dict(data_options or {}, config_lib.DataConfig)
+    if student.adapt.num_iterations and not data.path:
+        raise ValueError(
+            f'data_options={data_options}: the method {method!r} learns from images; add '
+            f"'path': a file, a folder, 'tfds:NAME', or 'teacher' for images that the teacher "
+            f'draws. num_iterations=0 leaves the stage out.'
+        )
     config = config_lib.Config(
-        seed=seed, sampler=calibrate.sampler, calibrate=calibrate, students={method: student}
-    )
+        seed=seed, sampler=calibrate.sampler, calibrate=calibrate, data=data,
+        students={method: student},
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(workdir or temporary)
         context = learning.make_run(config, folder, teacher, device_mesh=mesh.make_mesh(1))
@@ -123,13 +134,6 @@ def _student(
         if stage == own and num_iterations is not None:
             defaults['num_iterations'] = num_iterations
         options[stage] = _merged(defaults, given or {})
-    adapt = options.get('adapt', {'num_iterations': 0})
-    if adapt['num_iterations'] and not adapt.get('images'):
-        raise ValueError(
-            f'adapt_options={stages["adapt"]}: the method {method!r} learns from images; add '
-            f"'images': a file, a folder, 'tfds:NAME', or 'teacher' for images that the teacher "
-            f'draws. num_iterations=0 leaves the stage out.'
-        )
     return config_lib.from_config_dict(
         options | {'quant': quant_options}, config_lib.StudentConfig
     )  # fmt: skip

@@ -7,7 +7,7 @@ a constant baked into it.
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -65,10 +65,18 @@ class Decoder(NamedTuple):
     Attributes:
       network: an autoencoder, which knows how its latents are scaled.
       params: of its decoding half.
+      read_encoder: reads the parameters of the other half, for who learns from images; None: they
+        are not at hand.
     """
 
     network: Any
     params: PyTree
+    read_encoder: Callable[[], PyTree] | None = None
+
+    @property
+    def factor(self) -> int:
+        """Pixels along the side of a latent."""
+        return 2 ** (len(self.network.channels) - 1)
 
 
 class Denoiser(NamedTuple):
@@ -81,6 +89,8 @@ class Denoiser(NamedTuple):
       info: schedule, prediction type, image shape, classes.
       network: the float network underneath; see `networks`.
       decoder: of its latents; None for one that draws images, or whose decoder is not at hand.
+      encode_prompts: prompts -> rows of its table of conditions, by input, from text encoders that
+        are read for it; None for one without prompts, or whose text encoders are not at hand.
     """
 
     predict: Predict
@@ -88,6 +98,16 @@ class Denoiser(NamedTuple):
     info: DenoiserInfo
     network: Any
     decoder: Decoder | None = None
+    encode_prompts: Callable[[Sequence[str]], dict[str, Array]] | None = None
+
+
+def pixel_shape(denoiser: Denoiser) -> tuple[int, int, int]:
+    """(height, width, channels) of its images, decoded where it draws latents."""
+    if denoiser.decoder is None:
+        return denoiser.info.image_shape
+    height, width, _ = denoiser.info.image_shape
+    factor, network = denoiser.decoder.factor, denoiser.decoder.network
+    return factor * height, factor * width, network.in_channels
 
 
 def float_denoiser(network: Network, params: PyTree, info: DenoiserInfo) -> Denoiser:

@@ -108,7 +108,7 @@ def make(
         weights=weights,
         tables=tables,
         params=without_kernels(params, weights),
-        decoder=teacher.decoder,
+        decoder=teacher.decoder and teacher.decoder._replace(read_encoder=None),
         channels=jax.tree.map(lambda a: np.asarray(a, np.float32), dict(bound.channels)),
         channel_timesteps=bound.channel_timesteps,
         branches=jax.tree.map(lambda a: np.asarray(a, np.float16), dict(bound.branches)),

@@ -18,23 +18,26 @@ from dmq_jax import (
     artefacts,
     calibrate,
     correct,
+    data,
     denoisers,
     exporting,
     finetune,
     methods,
+    networks,
     reconstruct,
     sampling,
     scale_sets,
 )
 from dmq_jax import config as config_lib
-from dmq_jax.config import AdaptConfig, Config, StudentConfig
-from dmq_jax.files import images as images_lib
+from dmq_jax.config import Config, StudentConfig
 from dmq_jax.methods import base
 from dmq_jax.quant import plan as plan_lib
 from dmq_jax.runtime import memory, mesh, programs
 
 # Of a run; their order decides their random numbers.
 STAGES = ('calibrate', 'finetune', 'export', 'sample', 'evaluate', 'analyse', 'report')
+# What another adaptation of the same integers takes, within an export.
+_SET = 'set.safetensors'
 # Where the state lies that a stage of learning leaves.
 _LEARNT = {'reconstruct': 'reconstructed', 'finetune': 'state', 'adapt': 'adapted'}
 
@@ -49,6 +52,8 @@ class Run(NamedTuple):
     plans: dict[str, dict[str, plan_lib.LayerSpec]]
     device_mesh: mesh.Mesh
     teacher_id: str
+    # What students adapt to, by option of `config.data`; None: the teacher draws them.
+    images: dict[str, data.Images | None] = {}
 
     def key(self, stage: str) -> jax.Array:
         """The root key of a stage."""
@@ -80,13 +85,13 @@ def make_run(
         samplers += [stage.sampler for stage in stages if stage.num_iterations]
         if student.reconstruct.num_iterations:
             reconstruct.check_mesh(device_mesh, student.reconstruct)
-        if student.adapt.num_iterations:
-            for name in _image_options(student.adapt):
-                adapt.check_images(teacher.info, student.adapt, name=name)
     for sampler in samplers:
         denoisers.make_denoiser_sampler(teacher, sampler)
+    images = {}
+    if any(student.adapt.num_iterations for student in config.students.values()):
+        images = {name: data.load(teacher, config.data, name) for name in data.names(config.data)}
     return Run(config, workdir, teacher, layers, plans, device_mesh,
-               teacher_id(teacher, device_mesh))  # fmt: skip
+               teacher_id(teacher, device_mesh), images)  # fmt: skip
 
 
 def teacher_id(teacher: denoisers.Denoiser, device_mesh: mesh.Mesh) -> str:
@@ -132,9 +137,8 @@ def calibration(context: Run) -> calibrate.Calibration:
 def prepare(context: Run) -> None:
     """Makes what students share and is not there: the calibration, images they learn from."""
     calibration(context)
-    for student in context.config.students.values():
-        if student.adapt.num_iterations and _is_drawn(student.adapt):
-            drawn_images(context, student.adapt.num_images)
+    for name in context.images:
+        images_of(context, name)
 
 
 def student_folder(context: Run, name: str) -> Path:
@@ -182,7 +186,9 @@ def learn(context: Run, name: str) -> Learnt:
     method = make_method(context, name)
     # The same key for all: students that differ in one option start from the same numbers.
     key = context.key('finetune')
-    inputs = context.teacher.params, stats.stats, key
+    # A table of conditions is what a network is told, no part of it.
+    params = {n: leaf for n, leaf in context.teacher.params.items() if n != networks.TABLE}
+    inputs = params, stats.stats, key
     state = programs.call_once(method.init, *inputs)
     took = []
     folder, options = student_folder(context, name), student_options(context, student)
@@ -194,9 +200,12 @@ def learn(context: Run, name: str) -> Learnt:
             # Checkpoints outlive the artefact they lead to, and so need a mark of their own.
             artefacts.claim(folder / stage, options)
             with memory.watched() as peak:
-                given = adapt_images(context, student.adapt) if stage == 'adapt' else {}
+                teacher, given = context.teacher, {}
+                if stage == 'adapt':
+                    images = [images_of(context, name) for name in context.images]
+                    teacher, given['sets'] = data.examples(teacher, images)
                 result = run(
-                    context.teacher, method, state, context.plans[name], stats.timesteps,
+                    teacher, method, state, context.plans[name], stats.timesteps,
                     student.quant.timestep_lookup, getattr(student, stage), **given,
                     key=jax.random.fold_in(key, number), workdir=folder / stage,
                     device_mesh=context.device_mesh, description=f'{stage} {name}',
@@ -231,42 +240,29 @@ def learn(context: Run, name: str) -> Learnt:
     )  # fmt: skip
 
 
-def adapt_images(context: Run, config: AdaptConfig) -> dict[str, Any]:
-    """What a student is adapted to: `images` in [-1, 1], as large as the teacher's, and `labels`.
+def images_of(context: Run, name: str) -> data.Images:
+    """The images of an option of `config.data`, those of the teacher drawn if they are not there.
 
-    Where the config names such, `prior` is a pair of both, of what is not to be forgotten.
+    They are others than those that are evaluated.
 
-    Raises:
-      ValueError: see `adapt.check_images`.
+    Args:
+      context: of the run.
+      name: 'path' or 'class_path'.
     """
-    sets = []
-    for name in _image_options(config):
-        found = adapt.check_images(context.teacher.info, config, name=name)
-        if found is None:
-            found = drawn_images(context, config.num_images)
-        images, labels = adapt.fit_images(context.teacher.info, config, found)
-        sets.append((np.asarray(sampling.to_float(images)), labels))
-    (images, labels), *prior = sets
-    return {'images': images, 'labels': labels, 'prior': prior[0] if prior else None}
-
-
-def _image_options(config: AdaptConfig) -> list[str]:
-    """The options that name images, those to learn first."""
-    return ['images', 'class_images'] if config.class_images else ['images']
-
-
-def _is_drawn(config: AdaptConfig) -> bool:
-    return any(getattr(config, name) == adapt.TEACHER for name in _image_options(config))
-
-
-def drawn_images(context: Run, num_images: int) -> images_lib.ImageSet:
-    """Images of the teacher for its students to adapt to; others than those that are evaluated."""
-    config = context.config
-    labels = denoisers.balanced_labels(num_images, context.teacher.info.num_classes)
+    if context.images[name] is not None:
+        return context.images[name]
+    config, teacher = context.config, context.teacher
+    count, text = config.data.num_images, data.prompt(config.data, name)
+    folder = context.workdir / 'adapt_images' / str(count)
+    conditions = denoisers.balanced_labels(count, teacher.info.num_classes)
+    if text is not None:
+        folder = folder.with_name(f'{count}_{artefacts.digest({}, text)}')
+        conditions = (text,) * count
 
     def make() -> np.ndarray:
+        drawing, labels = data.labelled(teacher, conditions)
         return sampling.draw(
-            context.teacher, config.sampler, labels=labels, num_images=num_images,
+            drawing, config.sampler, labels=labels, num_images=count,
             key=jax.random.fold_in(context.key('finetune'), 4),
             batch_size=config.sample.batch_size, device_mesh=context.device_mesh,
         )  # fmt: skip
@@ -275,21 +271,26 @@ def drawn_images(context: Run, num_images: int) -> images_lib.ImageSet:
         with np.load(path / 'images.npz') as arrays:
             return arrays['arr_0']
 
-    images = artefacts.artefact(
-        context.workdir / 'adapt_images' / str(num_images),
-        drawn_options(context, num_images),
+    pixels = artefacts.artefact(
+        folder,
+        image_options(context, name),
         make=make,
         save=lambda path, drawn: np.savez_compressed(path / 'images.npz', arr_0=drawn),
         load=load,
     )
-    return images_lib.ImageSet(images, labels)
+    return data.Images(pixels, conditions)
 
 
-def drawn_options(context: Run, num_images: int) -> dict[str, Any]:
-    """What the images of `drawn_images` depend on."""
-    sampler = config_lib.to_dict(context.config.sampler)
-    return {'teacher': context.teacher_id, 'sampler': sampler, 'seed': context.config.seed,
-            'num_images': num_images}  # fmt: skip
+def image_options(context: Run, name: str) -> Any:
+    """What the images of an option of `config.data` depend on, or the name of what they are."""
+    images, config = context.images[name], context.config
+    if images is not None:  # files behind a path may change
+        return artefacts.digest(*data.described(images))
+    text = data.prompt(config.data, name)
+    sampler = config_lib.to_dict(config.sampler)
+    return {'teacher': context.teacher_id, 'sampler': sampler, 'seed': config.seed,
+            'num_images': config.data.num_images,
+            **({} if text is None else {'prompt': text})}  # fmt: skip
 
 
 def student_options(context: Run, student: StudentConfig) -> dict[str, Any]:
@@ -300,25 +301,15 @@ def student_options(context: Run, student: StudentConfig) -> dict[str, Any]:
     for name in ('checkpoint_every', 'log_every', 'remat'):
         del options['adapt'][name]
     del options['title']
-    # Named where it is asked for: what is made without it stays what it was.
-    if not _is_drawn(student.adapt):
-        del options['adapt']['num_images']
-    if not student.adapt.class_images:
-        del options['adapt']['class_images'], options['adapt']['prior_weight']
-    sets = []
-    for name in _image_options(student.adapt) if student.adapt.num_iterations else ():
-        path = getattr(student.adapt, name)
-        if path == adapt.TEACHER:
-            sets.append(drawn_options(context, student.adapt.num_images))
-        else:  # By what they are: files behind a path may change.
-            found = images_lib.load_images(path)._asdict()
-            found = {n: array for n, array in found.items() if array is not None}
-            sets.append(artefacts.digest(found))
+    images = {}
+    if student.adapt.num_iterations:
+        images = {name: image_options(context, name) for name in context.images}
+    if len(images) < 2:
+        del options['adapt']['prior_weight']
     return {
         'student': options,
         'calibration': artefacts.fingerprint(context.workdir / 'calibration'),
-        'images': sets[0] if sets else None,
-        **({'class_images': sets[1]} if len(sets) > 1 else {}),
+        'images': images,
     }
 
 
@@ -347,12 +338,23 @@ def pack(context: Run, name: str) -> tuple[exporting.Exported, dict[str, Any]]:
 
 
 def exported(context: Run, name: str) -> exporting.Exported:
-    """The student as packed integers, kept in the workdir."""
+    """The student as packed integers, kept in the workdir.
+
+    Where these stand still while it learns, what it learnt lies beside them, as a set for the same
+    integers (`scale_sets`).
+    """
     calibration(context)
+    is_switched = make_method(context, name).beside is not None
+
+    def save(path: Path, made: tuple[exporting.Exported, dict[str, Any]]) -> None:
+        exporting.save(path, *made)
+        if is_switched:
+            scale_sets.save(path / _SET, made[0])
+
     return artefacts.artefact(
         student_folder(context, name) / 'export',
         student_options(context, context.config.students[name]),
         make=lambda: pack(context, name),
-        save=lambda path, made: exporting.save(path, *made),
+        save=save,
         load=exporting.load,
     )

@@ -134,7 +134,7 @@ def load_teacher(config: Config, device_mesh: mesh.Mesh | None = None) -> denois
       ValueError: a file without a prompt; see also `teachers.load_teacher`.
     """
     options = dataclasses.asdict(config.teacher)
-    prompts = None
+    prompts = None if config.data.prompt is None else [config.data.prompt]
     if config.sample.prompts is not None:
         file = Path(config.sample.prompts)
         if not file.is_file():

@@ -6,7 +6,7 @@ of devices, not on how often the run was interrupted. The only place that conver
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,7 @@ from dmq_jax.diffusion import samplers
 from dmq_jax.models import autoencoder
 from dmq_jax.runtime import hosts, mesh, programs
 
-_DECODED_AT_ONCE = 8
+_AT_ONCE = 8
 
 
 class Batch(NamedTuple):
@@ -95,14 +95,50 @@ def _decoded(decoder: denoisers.Decoder, latents: Array) -> UInt8[np.ndarray, 'B
             functools.partial(decode.function, decoder.network), decoder.params, one
         )
         return np.zeros((0, *shape.shape[1:]), np.uint8)
-    # A few at a time: a decoder needs far more memory for an image than its denoiser.
-    size = min(_DECODED_AT_ONCE, count)
-    starts = range(0, count, size)
+    return _in_pieces(functools.partial(decode, decoder.network, decoder.params), latents)
+
+
+def _in_pieces(function: Callable[[Array], PyTree], batch: Array) -> PyTree:
+    """The result of a program that is run for a few images at a time.
+
+    An autoencoder needs far more memory for an image than a denoiser. One program serves all: the
+    last images are filled up with the first.
+    """
+    count = len(batch)
+    size = min(_AT_ONCE, count)
     parts = [
-        np.asarray(decode(*decoder, latents[np.arange(start, start + size) % count]))
-        for start in starts
+        jax.device_get(function(batch[np.arange(start, start + size) % count]))
+        for start in range(0, count, size)
     ]
-    return np.concatenate(parts)[:count]
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:count], *parts)
+
+
+@functools.partial(programs.NetworkProgram, static_argnames='network')
+def _encode(network: Any, params: PyTree, images: UInt8[Array, 'B H W C']) -> Any:
+    encoded = network.apply({'params': params}, to_float(images), method='encode')
+    return autoencoder.scale_latents(network, encoded)
+
+
+def encode(
+    denoiser: denoisers.Denoiser, images: UInt8[np.ndarray, 'N H W C']
+) -> Float[np.ndarray, 'N H W C'] | autoencoder.Moments:
+    """What a network of such images is trained on: images in [-1, 1], or their latents.
+
+    Args:
+      denoiser: a teacher; the encoding half of its autoencoder is read, and dropped after.
+      images: as large as those it draws.
+
+    Returns:
+      Of an autoencoder with Gaussian latents these Gaussians, scaled as the network takes them.
+
+    Raises:
+      ValueError: see `check_encoder`.
+    """
+    if not denoiser.info.is_latent:
+        return np.asarray(to_float(images))
+    check_encoder(denoiser)
+    decoder = denoiser.decoder
+    return _in_pieces(functools.partial(_encode, decoder.network, decoder.read_encoder()), images)
 
 
 def batches(
@@ -190,6 +226,20 @@ def check_decoder(denoiser: denoisers.Denoiser) -> None:
         raise ValueError(
             'this teacher draws latents and its file has no decoder: name a diffusers folder with '
             'a vae/ as teacher.components, e.g. that of the autoencoder it was trained with.'
+        )
+
+
+def check_encoder(denoiser: denoisers.Denoiser) -> None:
+    """Refuses to make latents of images for a denoiser whose autoencoder is not at hand.
+
+    Raises:
+      ValueError: it is not.
+    """
+    check_decoder(denoiser)
+    if denoiser.info.is_latent and denoiser.decoder.read_encoder is None:
+        raise ValueError(
+            'this teacher draws latents, and of its autoencoder the decoding half alone is here; '
+            'load it from the checkpoint it came in.'
         )
 
 

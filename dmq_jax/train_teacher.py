@@ -24,7 +24,7 @@ from dmq_jax import artefacts, denoisers, sampling, teachers, train_classifier
 from dmq_jax import config as config_lib
 from dmq_jax.diffusion import samplers
 from dmq_jax.diffusion.schedule import Schedule, alphas_cumprod
-from dmq_jax.files.images import ImageSet, load_images, pad_images
+from dmq_jax.files.image_sets import ImageSet, load_images, pad_images
 from dmq_jax.metrics import classifier as classifier_lib
 from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.runtime import log, mesh, programs
@@ -45,9 +45,9 @@ def load_dataset(config: config_lib.DatasetConfig, split: str) -> ImageSet:
     """The images of one split, padded to `image_size`, labels checked.
 
     Raises:
-      ValueError: labels missing or beyond `num_classes`; see also `files.images.load_images`.
+      ValueError: labels missing or beyond `num_classes`; see also `files.image_sets.load_images`.
     """
-    images, labels = load_images(config.path, split)
+    images, labels, _ = load_images(config.path, split)
     if labels is None:
         raise ValueError(f'{config.path}: no labels; a class-conditional teacher needs them.')
     if labels.min() < 0 or labels.max() >= config.num_classes:
@@ -55,7 +55,7 @@ def load_dataset(config: config_lib.DatasetConfig, split: str) -> ImageSet:
             f'{config.path}: labels {labels.min()}..{labels.max()}, expected '
             f'0..{config.num_classes - 1} (dataset.num_classes).'
         )
-    return ImageSet(pad_images(images, config.image_size), labels)
+    return ImageSet(pad_images(images, (config.image_size,) * 2), labels)
 
 
 def make_untrained(config: config_lib.TrainTeacherConfig, channels: int) -> denoisers.Denoiser:

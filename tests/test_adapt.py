@@ -18,11 +18,12 @@ from dmq_jax.config import (
     TuneQDMConfig,
 )
 from dmq_jax.methods import base
+from dmq_jax.models.autoencoder import Moments
 from dmq_jax.runtime import hosts, log, mesh
 from tests import tiny
 
 FAST_COMPILE = {'xla_backend_optimization_level': 0}  # tiny tensors: compiling is all the time
-CONFIG = AdaptConfig(num_iterations=24, images='unused', batch_size=8, log_every=6)
+CONFIG = AdaptConfig(num_iterations=24, batch_size=8, log_every=6)
 
 
 @pytest.fixture(scope='module')
@@ -53,7 +54,7 @@ class Adapted:
     def run(self, folder=None, sizes=(1,)):
         return adapt.run(
             self.teacher, self.method, self.start, self.plan, self.timesteps, 'nearest', CONFIG,
-            **images(), key=jax.random.key(1), workdir=folder or self.folder,
+            sets=[tuple(images().values())], key=jax.random.key(1), workdir=folder or self.folder,
             device_mesh=mesh.make_mesh(*sizes), description='test',
         )  # fmt: skip
 
@@ -215,6 +216,30 @@ def test_what_is_not_to_be_forgotten_has_a_loss_of_its_own_weight(adapted):
     assert 0 < prior < once
 
 
+def test_latents_are_drawn_anew_for_every_step_from_their_gaussians(adapted):
+    constants = adapt.make_constants(adapted.teacher, adapted.method, adapted.state, adapted.plan)
+    pixels, labels = (array[:4] for array in images().values())
+    loss = adapt.make_loss(
+        adapted.teacher, adapted.method, adapted.plan, adapted.timesteps, 'nearest', 0.0, ''
+    )
+    run = jax.jit(loss, compiler_options=FAST_COMPILE)
+    key = jax.random.key(2)
+
+    def value(log_variance):
+        moments = Moments(pixels, np.full(pixels.shape, log_variance, np.float32))
+        return float(run(adapted.state, constants, moments, labels, key))
+
+    # Of a Gaussian without width the mean is drawn, of another its mean and noise of its own key.
+    assert value(-60.0) == pytest.approx(
+        float(run(adapted.state, constants, pixels, labels, key)), rel=1e-6
+    )
+    noise = jax.random.normal(jax.random.fold_in(key, 3), pixels.shape)
+    assert value(-2.0) == pytest.approx(
+        float(run(adapted.state, constants, pixels + np.exp(-1.0) * noise, labels, key)), rel=1e-6
+    )
+    assert value(-2.0) != pytest.approx(value(-60.0), rel=1e-3)
+
+
 def test_a_step_sees_a_batch_of_each_set_and_of_the_first_one_the_same_as_without_the_other():
     sets = [
         (jnp.arange(size, dtype=jnp.float32).reshape(-1, 1, 1, 1) + begin, jnp.arange(size))
@@ -246,8 +271,8 @@ def test_a_run_may_have_images_that_are_not_to_be_forgotten(adapted, tmp_path):
     config = dataclasses.replace(CONFIG, num_iterations=2, prior_weight=0.5)
     state = adapt.run(
         adapted.teacher, adapted.method, adapted.start, adapted.plan, adapted.timesteps, 'nearest',
-        config, **images(), prior=(class_images, labels), key=jax.random.key(1), workdir=tmp_path,
-        device_mesh=mesh.make_mesh(1), description='test',
+        config, sets=[tuple(images().values()), (class_images, labels)], key=jax.random.key(1),
+        workdir=tmp_path, device_mesh=mesh.make_mesh(1), description='test',
     ).state  # fmt: skip
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
     assert any(
@@ -261,9 +286,9 @@ def test_a_loss_on_features_is_refused(plan, tmp_path):
     method = methods.make(EfficientDMConfig(loss='feature'), plan)
     with pytest.raises(ValueError, match="choose loss='output'"):
         adapt.run(
-            tiny.teacher(), method, {}, plan, np.array([1]), 'nearest', CONFIG, **images(),
-            key=jax.random.key(0), workdir=tmp_path, device_mesh=mesh.make_mesh(1),
-            description='test',
+            tiny.teacher(), method, {}, plan, np.array([1]), 'nearest', CONFIG,
+            sets=[tuple(images().values())], key=jax.random.key(0), workdir=tmp_path,
+            device_mesh=mesh.make_mesh(1), description='test',
         )  # fmt: skip
 
 

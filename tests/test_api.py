@@ -61,7 +61,8 @@ FEW_QUANT = QUANT | {'coverage': 'rules', 'rules': FEW}
 BRIEF = {
     'reconstruct': {'batch_size': 8, 'num_timesteps': 2, 'num_images': 8, 'sampler': SAMPLER},
     'finetune': {'batch_size': 2, 'sampler': SAMPLER},
-    'adapt': {'batch_size': 2, 'images': 'teacher', 'num_images': 4},
+    'adapt': {'batch_size': 2},
+    'data': {'path': 'teacher', 'num_images': 4},
 }
 CASES = {name: (name, {}) for name in (*config_lib.LEARNS_BY, *config_lib.RECIPES)}
 # Where the timestep enters a transformer.
@@ -106,7 +107,7 @@ def quantize_briefly(teacher, name, method_options, workdir, num_iterations=4):
     stage = stage_of(name)
     return dmq_jax.quantize(
         teacher, name, num_iterations=num_iterations if stage else None, workdir=workdir,
-        method_options=method_options, calibrate_options=CALIBRATE,
+        method_options=method_options, calibrate_options=CALIBRATE, data_options=BRIEF['data'],
         **({f'{stage}_options': BRIEF[stage]} if stage else {}), **FEW_QUANT,
     )  # fmt: skip
 
@@ -234,11 +235,10 @@ def described(method, num_iterations=None, method_options=(), **stages):
 def test_the_default_is_the_stage_of_the_method():
     for name in (*config_lib.LEARNS_BY, *config_lib.RECIPES):
         stage = stage_of(name)
-        images = {'adapt': {'images': 'teacher'}} if stage == 'adapt' else {}
-        assert list(described(name, **images)[1]) == ([stage] if stage else []), name
-        assert described(name, 0, **images)[1] == {}
+        assert list(described(name)[1]) == ([stage] if stage else []), name
+        assert described(name, 0)[1] == {}
         if stage:
-            assert described(name, 7, **images)[1] == {stage: 7}
+            assert described(name, 7)[1] == {stage: 7}
 
 
 def test_options_of_a_stage_make_the_method_learn_by_it():
@@ -266,15 +266,15 @@ def test_options_of_a_stage_make_the_method_learn_by_it():
             "reconstruct_options=.*: the method 'lsq' does not learn block by block",
         ),
         (
-            lambda t: dmq_jax.quantize(t, 'best', adapt_options={'images': 'teacher'}),
+            lambda t: dmq_jax.quantize(t, 'best', adapt_options={'batch_size': 4}),
             "adapt_options=.*: the method 'best' compares features",
         ),
         (
             lambda t: dmq_jax.quantize(t, 'tuneqdm'),
-            "adapt_options=None: the method 'tuneqdm' learns from images; add 'images'",
+            "data_options=None: the method 'tuneqdm' learns from images; add 'path'",
         ),
         (
-            lambda t: dmq_jax.quantize(t, 'qlora', adapt_options={'images': 'no_such_folder'}),
+            lambda t: dmq_jax.quantize(t, 'qlora', data_options={'path': 'no_such_folder'}),
             'no_such_folder',
         ),
         (lambda t: dmq_jax.sample(t, 4, num_stps=3), "did you mean 'num_steps'"),

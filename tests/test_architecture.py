@@ -50,8 +50,11 @@ ALLOWED = {
     'adm': {'features'} | LIBRARIES,
     # The stage is a command as well.
     'evaluate': {'adm', 'assets', 'command_line', 'denoisers', 'features'} | LIBRARIES,
+    'data': {'denoisers', 'files', 'models', 'networks', 'sampling'},
     # Where the stages of learning meet, for the pipeline and for the functions of a notebook.
-    'learning': {'artefacts', 'denoisers', 'scale_sets', 'kernels'} | STAGES | LIBRARIES,
+    'learning': {'artefacts', 'data', 'denoisers', 'networks', 'scale_sets', 'kernels'}
+    | STAGES
+    | LIBRARIES,
     'pipeline': {'analysis', 'artefacts', 'denoisers', 'learning', 'networks', 'reporting'}
     | {'teachers', 'exporting', 'sampling', 'evaluate', 'report'}
     | LIBRARIES,

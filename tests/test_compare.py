@@ -8,14 +8,16 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
-from dmq_jax import compare, teachers
+from dmq_jax import compare, exporting, scale_sets, teachers
 from dmq_jax.config import (
     AdaptConfig,
     CalibrateConfig,
     Config,
+    DataConfig,
     EvaluateConfig,
     FullFinetuningConfig,
     MeshConfig,
@@ -61,7 +63,7 @@ def config(tmp_path_factory):
     # Of the teacher's own images: nothing of a user's is needed.
     tuned = dataclasses.replace(
         student(3), method=TuneQDMConfig(),
-        adapt=AdaptConfig(num_iterations=2, images='teacher', num_images=6, batch_size=4),
+        adapt=AdaptConfig(num_iterations=2, batch_size=4),
     )  # fmt: skip
     tuned_float = StudentConfig(
         method=FullFinetuningConfig(), quant=QuantConfig(weight_bits=32, activation_bits=32),
@@ -70,6 +72,7 @@ def config(tmp_path_factory):
     return Config(
         mesh=MeshConfig(data=1),
         teacher=TeacherConfig(path=str(teacher)),
+        data=DataConfig(path='teacher', num_images=6),
         evaluate=EvaluateConfig(features=features, reference=reference),
         sampler=sampler,
         calibrate=CalibrateConfig(
@@ -126,6 +129,18 @@ def test_every_row_tells_what_it_took(workdir):
     for title in ('all s', 'peak MB', 'set MB'):
         assert title in (workdir / 'table.md').read_text()
         assert title in (workdir / 'compare.html').read_text()
+
+
+def test_what_was_tuned_lies_beside_its_integers_as_a_set_for_them(workdir):
+    students = sorted(path.parent.parent.name for path in workdir.rglob('export/set.safetensors'))
+    assert students == ['tuned']
+    folder = workdir / 'students/tuned/export'
+    model = exporting.load(folder)
+    # As another adaptation of these integers has it.
+    bare = model._replace(channels={}, channel_timesteps=None)
+    found = scale_sets.load(folder / 'set.safetensors', bare)
+    assert found.channels
+    jax.tree.map(np.testing.assert_array_equal, dict(found.channels), dict(model.channels))
 
 
 def test_images_of_the_teacher_to_learn_from_are_not_those_that_are_evaluated(workdir):

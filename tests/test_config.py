@@ -13,6 +13,7 @@ from dmq_jax.config import (
     AdaptConfig,
     CalibrateConfig,
     Config,
+    DataConfig,
     EfficientDMConfig,
     EvaluateConfig,
     FinetuneConfig,
@@ -25,6 +26,7 @@ from dmq_jax.config import (
     SamplerConfig,
     StudentConfig,
     TeacherConfig,
+    TuneQDMConfig,
     base,
     from_config_dict,
     student,
@@ -189,7 +191,7 @@ def test_a_student_with_a_misspelt_option_is_refused_where_it_is_written():
         (lambda: FinetuneConfig(batch_size=0), 'batch_size=0'),
         (lambda: StudentConfig(finetune=FinetuneConfig(num_iterations=5)), 'learns nothing'),
         (
-            lambda: StudentConfig(adapt=AdaptConfig(num_iterations=5, images='teacher')),
+            lambda: StudentConfig(adapt=AdaptConfig(num_iterations=5)),
             "adapt.num_iterations=5: the method 'round_to_nearest' learns nothing",
         ),
         (
@@ -199,11 +201,20 @@ def test_a_student_with_a_misspelt_option_is_refused_where_it_is_written():
             "reconstruct.num_iterations=5: the method 'efficientdm' does not learn block by block",
         ),
         (
-            lambda: StudentConfig(
-                method=EfficientDMConfig(), adapt=AdaptConfig(num_iterations=5, images='teacher')
-            ),
+            lambda: StudentConfig(method=EfficientDMConfig(), adapt=AdaptConfig(num_iterations=5)),
             "compares features of the teacher, which images have none of, unless loss='output'",
         ),
+        (
+            lambda: Config(
+                students={
+                    's': StudentConfig(method=TuneQDMConfig(), adapt=AdaptConfig(num_iterations=5))
+                }
+            ),
+            "students.s.adapt.num_iterations=5 with data.path='': expected images",
+        ),
+        (lambda: DataConfig(class_path='a'), "class_path='a' with path='': expected data.path"),
+        (lambda: DataConfig(path='a', class_prompt='b'), "with class_path='': expected data.class"),
+        (lambda: DataConfig(fit='stretch'), "fit='stretch': expected one of 'crop', 'pad'"),
         (lambda: EvaluateConfig(reference=''), "reference=''"),
         (lambda: TeacherConfig(num_classes=0), 'num_classes=0'),
         (lambda: MeshConfig(data=0), 'data=0'),
@@ -255,8 +266,6 @@ def test_quick_options_make_a_student_that_learns_by_its_own_stage_alone(name):
     options = config_lib.quick(name)
     stage = config_lib.LEARNS_BY[options['method']['name']]
     assert set(options) == {'method'} | ({stage} if stage else set())
-    if stage == 'adapt':
-        options['adapt']['images'] = 'teacher'
     found = from_config_dict(student(**options), StudentConfig)
     for each in ('reconstruct', 'finetune', 'adapt'):
         assert (getattr(found, each).num_iterations > 0) == (each == stage)

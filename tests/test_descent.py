@@ -12,7 +12,7 @@ from dmq_jax.runtime import hosts, log
 from dmq_jax.runtime.checkpoint import Checkpoints
 
 EVERY = {'num_iterations': 10, 'log_every': 4, 'checkpoint_every': 5}
-OPTIONS = (FinetuneConfig(**EVERY), AdaptConfig(images='teacher', **EVERY))
+OPTIONS = (FinetuneConfig(**EVERY), AdaptConfig(**EVERY))
 
 
 class Train(NamedTuple):

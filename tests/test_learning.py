@@ -14,6 +14,7 @@ from dmq_jax import learning
 from dmq_jax.config import (
     AdaptConfig,
     Config,
+    DataConfig,
     EfficientDMConfig,
     FinetuneConfig,
     QDiffusionConfig,
@@ -25,19 +26,22 @@ from dmq_jax.runtime import mesh
 from tests import tiny
 
 STUDENT = StudentConfig(method=EfficientDMConfig(), finetune=FinetuneConfig(num_iterations=3))
-ADAPTED = StudentConfig(
-    method=TuneQDMConfig(), adapt=AdaptConfig(num_iterations=3, images='teacher', num_images=8)
-)
+ADAPTED = StudentConfig(method=TuneQDMConfig(), adapt=AdaptConfig(num_iterations=3))
+
+
+def made(folder, **data):
+    config = Config(
+        calibrate=tiny.CALIBRATE, sampler=tiny.SAMPLER, students={'one': STUDENT, 'two': ADAPTED},
+        data=DataConfig(**{'path': 'teacher', 'num_images': 8, **data}),
+    )  # fmt: skip
+    (folder / 'calibration').mkdir(exist_ok=True)
+    (folder / 'calibration' / 'complete.json').write_text(json.dumps({'made': 'with this'}))
+    return learning.make_run(config, folder, tiny.teacher(), device_mesh=mesh.make_mesh(1))
 
 
 @pytest.fixture
 def context(tmp_path):
-    config = Config(
-        calibrate=tiny.CALIBRATE, sampler=tiny.SAMPLER, students={'one': STUDENT, 'two': ADAPTED}
-    )
-    (tmp_path / 'calibration').mkdir()
-    (tmp_path / 'calibration' / 'complete.json').write_text(json.dumps({'made': 'with this'}))
-    return learning.make_run(config, tmp_path, tiny.teacher(), device_mesh=mesh.make_mesh(1))
+    return made(tmp_path)
 
 
 def changed(student, stage, **options):
@@ -81,63 +85,41 @@ def test_a_student_depends_on_the_calibration(context):
     assert learning.student_options(context, STUDENT) != before
 
 
-def test_images_that_the_teacher_draws_are_named_by_all_they_depend_on(context):
-    images = learning.student_options(context, ADAPTED)['images']
-    assert images['num_images'] == 8 and images['teacher'] == context.teacher_id
-    more = learning.student_options(context, changed(ADAPTED, 'adapt', num_images=9))
-    assert more['images']['num_images'] == 9
-    assert learning.student_options(context, STUDENT)['images'] is None
+def named(context):
+    """What the images are that a student learns from."""
+    return learning.student_options(context, ADAPTED)['images']
 
 
-def test_images_of_a_file_are_named_by_what_they_are(context, tmp_path):
+def test_images_that_the_teacher_draws_are_named_by_all_they_depend_on(context, tmp_path):
+    images = named(context)
+    assert images['path']['num_images'] == 8 and images['path']['teacher'] == context.teacher_id
+    assert named(made(tmp_path, num_images=9))['path']['num_images'] == 9
+    assert learning.student_options(context, STUDENT)['images'] == {}
+
+
+def test_images_of_a_file_are_named_by_what_they_are_and_by_their_classes(tmp_path):
     file = tmp_path / 'images.npz'
-    student = changed(ADAPTED, 'adapt', images=str(file))
     seen = []
-    for value in (0, 0, 1):
+    for value, label in ((0, 1), (0, 1), (1, 1), (1, 2)):
         np.savez(file, arr_0=np.full((4, 8, 8, 1), value, np.uint8))
-        seen.append(learning.student_options(context, student)['images'])
-    assert seen[0] == seen[1] != seen[2]
+        # How many were drawn, were there no file, and where it lies, do not matter.
+        seen.append(named(made(tmp_path, path=str(file), label=label, num_images=5 + label)))
+    assert seen[0] == seen[1] and len({str(images) for images in seen}) == 3
 
 
 def test_images_that_are_not_to_be_forgotten_are_named_as_well(context, tmp_path):
     file = tmp_path / 'images.npz'
     np.savez(file, arr_0=np.full((4, 8, 8, 1), 7, np.uint8))
     without = learning.student_options(context, ADAPTED)
-    assert 'class_images' not in without
-    assert not {'class_images', 'prior_weight'} & set(without['student']['adapt'])
-    student = changed(ADAPTED, 'adapt', class_images=str(file))
-    options = learning.student_options(context, student)
-    assert options['images'] == without['images']
-    assert isinstance(options['class_images'], str)
+    assert set(without['images']) == {'path'}
+    assert 'prior_weight' not in without['student']['adapt']
+    both = made(tmp_path, class_path=str(file))
+    options = learning.student_options(both, ADAPTED)
+    assert options['images']['path'] == without['images']['path']
+    assert isinstance(options['images']['class_path'], str)
     assert options['student']['adapt']['prior_weight'] == 1.0
-    drawn = changed(ADAPTED, 'adapt', images=str(file), class_images='teacher')
-    options = learning.student_options(context, drawn)
-    assert options['class_images'] == without['images']
-    assert options['student']['adapt']['num_images'] == 8
-
-
-def test_each_set_of_images_is_as_large_as_the_teachers_and_has_its_labels(context, tmp_path):
-    folder = [tmp_path / f'{name}.npz' for name in ('own', 'class')]
-    for file, value in zip(folder, (0, 255), strict=True):
-        np.savez(file, arr_0=np.full((4, 6, 6, 1), value, np.uint8))
-    own, others = map(str, folder)
-    config = changed(ADAPTED, 'adapt', images=own, label=2).adapt
-    assert learning.adapt_images(context, config)['prior'] is None
-    config = dataclasses.replace(config, class_images=others)
-    found = learning.adapt_images(context, config)
-    for (images, labels), value in (
-        ((found['images'], found['labels']), -1), (found['prior'], 1)
-    ):  # fmt: skip
-        assert images.shape == (4, 8, 8, 1) and images[0, 4, 4, 0] == value
-        np.testing.assert_array_equal(labels, [2] * 4)
-
-
-def test_class_images_that_the_teacher_cannot_have_are_refused_by_their_name(context, tmp_path):
-    np.savez(tmp_path / 'class.npz', arr_0=np.zeros((4, 8, 8, 3), np.uint8))
-    student = changed(ADAPTED, 'adapt', class_images=str(tmp_path / 'class.npz'))
-    config = dataclasses.replace(context.config, students={'two': student})
-    with pytest.raises(ValueError, match=r'adapt\.class_images=.*images of 3 channels; expected 1'):
-        learning.make_run(config, tmp_path, tiny.teacher(), device_mesh=mesh.make_mesh(1))
+    drawn = named(made(tmp_path, path=str(file), class_path='teacher'))
+    assert drawn['class_path'] == without['images']['path']
 
 
 def test_a_teacher_is_named_by_its_weights_and_what_they_mean():

@@ -1,5 +1,9 @@
-"""The decoding half of an autoencoder, from a diffusers folder or a CompVis checkpoint."""
+"""Autoencoders in a diffusers folder or a CompVis checkpoint: the decoding half, and the other.
 
+What draws needs the decoding half alone; the encoding half is read when somebody asks for it.
+"""
+
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,14 +64,13 @@ def find_decoder(folder: Path, *other: str) -> Decoder | None:
         with reading_settings(component.folder / CONFIG):
             network = make(component.config)
         tensors = component.open()
-        params = _decoding_half(
-            lambda put: autoencoder_weights.autoencoder_params_from_diffusers(
+        return _decoder(
+            network, lambda put: autoencoder_weights.autoencoder_params_from_diffusers(
                 tensors, network, put=put
             )
-        )
+        )  # fmt: skip
     except ValueError as error:
         raise ValueError(f'{component.folder}: {error}') from error
-    return Decoder(network, params)
 
 
 def decoder_from_compvis(tensors: Tensors, scaling_factor: float) -> Decoder | None:
@@ -83,10 +86,10 @@ def decoder_from_compvis(tensors: Tensors, scaling_factor: float) -> Decoder | N
     if f'{_PREFIX}decoder.conv_in.weight' not in tensors:
         return None
     network = _network_from_shapes(tensors, scaling_factor)
-    params = _decoding_half(
-        lambda put: autoencoder_weights.autoencoder_params_from_ldm(tensors, network, put=put)
+    return _decoder(
+        network,
+        lambda put: autoencoder_weights.autoencoder_params_from_ldm(tensors, network, put=put),
     )
-    return Decoder(network, params)
 
 
 def _network_from_shapes(tensors: Tensors, scaling_factor: float) -> Any:
@@ -117,12 +120,17 @@ def _network_from_shapes(tensors: Tensors, scaling_factor: float) -> Any:
     return AutoencoderKL(**shared)
 
 
-def _decoding_half(read: Callable[[Callable[[str, np.ndarray], Any]], PyTree]) -> PyTree:
-    """The parameters that decoding needs; the others are checked, but not kept."""
+def _decoder(network: Any, read: Callable[[Callable[[str, np.ndarray], Any]], PyTree]) -> Decoder:
+    """The decoder whose parameters, and the encoder's, `read` gives to the function it is given."""
 
-    def put(path: str, array: np.ndarray) -> Any:
-        return None if path.startswith(_ENCODING_HALF) else place(path, array)
+    def half(*, encoding: bool) -> PyTree:
+        """The parameters of one half; those of the other are checked, but not kept."""
 
-    flat = traverse_util.flatten_dict(read(put), sep='/')
-    kept = {path: leaf for path, leaf in flat.items() if leaf is not None}
-    return traverse_util.unflatten_dict(kept, sep='/')
+        def put(path: str, array: np.ndarray) -> Any:
+            return place(path, array) if path.startswith(_ENCODING_HALF) == encoding else None
+
+        flat = traverse_util.flatten_dict(read(put), sep='/')
+        kept = {path: leaf for path, leaf in flat.items() if leaf is not None}
+        return traverse_util.unflatten_dict(kept, sep='/')
+
+    return Decoder(network, half(encoding=False), functools.partial(half, encoding=True))

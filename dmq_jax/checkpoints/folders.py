@@ -94,11 +94,12 @@ def load(folder: Path, options: Options) -> Denoiser:
     except ValueError as error:
         raise ValueError(f'{folder}: {error}') from error
     num_classes, wrapped = _num_classes(folder, network, options), network
+    encode_prompts = None
     if isinstance(network, LDMUNet | PixArt):
-        factor = 2 ** (len(decoder.network.channels) - 1) if decoder else _LATENT_FACTOR
+        factor = decoder.factor if decoder else _LATENT_FACTOR
         own = find_component(folder, 'text_encoder') is not None
         source = folder if own else options.components
-        wrapped, params, num_classes = text.with_prompts(
+        wrapped, params, num_classes, encode_prompts = text.with_prompts(
             network, params, lambda: text.encoders_from_folder(
                 source, folder, options.dtype
             ), options,
@@ -112,7 +113,9 @@ def load(folder: Path, options: Options) -> Denoiser:
         learned_variance=network.out_channels == 2 * network.in_channels,
         is_latent=decoder is not None or isinstance(network, LDMUNet | DiT | PixArt),
     )
-    return float_denoiser(wrapped, params, info)._replace(decoder=decoder)
+    return float_denoiser(wrapped, params, info)._replace(
+        decoder=decoder, encode_prompts=encode_prompts
+    )
 
 
 def _network_component(folder: Path) -> Component:

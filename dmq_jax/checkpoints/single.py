@@ -5,7 +5,7 @@ looked up among the published ones, if exactly one of them has these tensors, or
 (`teacher.settings`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,7 @@ def load_pixart(tensors: Tensors, options: Options) -> Denoiser:
     network = dit_weights.pixart_from_original(tensors, **settings)
     params = dit_weights.pixart_params_from_original(tensors, network, **options.reading())
     side, decoder = network.sample_size, decoder_from_folder(options)
-    network, params, num_prompts = text.with_prompts(
+    network, params, num_prompts, encode_prompts = text.with_prompts(
         network, params,
         lambda: text.encoders_from_folder(
             options.components, tensors.path, options.dtype,
@@ -202,7 +202,7 @@ def load_pixart(tensors: Tensors, options: Options) -> Denoiser:
     return _finish(
         network, params, options, {**_DDPM_PROCESS, **process}, side=side,
         learned_variance=network.network.out_channels == 2 * network.network.in_channels,
-        num_classes=num_prompts, decoder=decoder,
+        num_classes=num_prompts, decoder=decoder, encode_prompts=encode_prompts,
     )  # fmt: skip
 
 
@@ -244,9 +244,9 @@ def load_compvis(tensors: Tensors, options: Options) -> Denoiser:
         scaling = float(np.asarray(tensors['scale_factor'], np.float64))
     decoder = decoder_from_compvis(tensors, scaling) or decoder_from_folder(options)
     schedule = process_lib.schedule_from_buffers(tensors)
-    num_classes = None
+    num_classes = encode_prompts = None
     if is_text:
-        network, params, num_classes = text.with_prompts(
+        network, params, num_classes, encode_prompts = text.with_prompts(
             network, params, lambda: text.encoders_from_compvis(tensors, options), options,
             size=(side * _pixels_of_a_latent(decoder),) * 2,
         )  # fmt: skip
@@ -254,7 +254,7 @@ def load_compvis(tensors: Tensors, options: Options) -> Denoiser:
         network, params, num_classes = _with_class_table(tensors, network, params)
     return _finish(
         network, params, options, process, side=side, num_classes=num_classes, decoder=decoder,
-        schedule=schedule,
+        schedule=schedule, encode_prompts=encode_prompts,
     )  # fmt: skip
 
 
@@ -278,7 +278,7 @@ def _unet_of(tensors: Tensors) -> tuple[Tensors, bool]:
 
 
 def _pixels_of_a_latent(decoder: Decoder | None) -> int:
-    return 2 ** (len(decoder.network.channels) - 1) if decoder else _LATENT_FACTOR
+    return decoder.factor if decoder else _LATENT_FACTOR
 
 
 def _with_class_table(
@@ -384,6 +384,7 @@ def _finish(
     learned_variance: bool = False,
     decoder: Decoder | None = None,
     schedule: Schedule | None = None,
+    encode_prompts: Callable[[Sequence[str]], dict[str, Any]] | None = None,
 ) -> Denoiser:
     """The denoiser of what was read."""
     module = unwrapped(network)
@@ -405,7 +406,9 @@ def _finish(
         learned_variance=learned_variance,
         is_latent=isinstance(module, DiT | PixArt | LDMUNet),
     )
-    return float_denoiser(network, params, info)._replace(decoder=decoder)
+    return float_denoiser(network, params, info)._replace(
+        decoder=decoder, encode_prompts=encode_prompts
+    )
 
 
 LOADERS: dict[str, Callable[[Tensors, Options], Denoiser]] = {

@@ -71,6 +71,23 @@ class Encoders(NamedTuple):
     zero_null: bool = False
 
 
+class Prompted(NamedTuple):
+    """A network behind a table of prompts.
+
+    Attributes:
+      network: with the table in front.
+      params: its parameters, the table among them.
+      num_prompts: how many are asked for; the row after theirs is the null condition.
+      encode: other prompts -> rows of such a table, by input; the encoders are read for it. None
+        where nothing but shapes is.
+    """
+
+    network: Conditioned
+    params: PyTree
+    num_prompts: int
+    encode: Callable[[Sequence[str]], dict[str, jax.Array]] | None
+
+
 def with_prompts(
     network: LDMUNet | PixArt,
     params: PyTree,
@@ -78,8 +95,8 @@ def with_prompts(
     options: Options,
     *,
     size: tuple[int, int],
-) -> tuple[Conditioned, PyTree, int]:
-    """The network behind a table of the prompts of `options`; its parameters; how many there are.
+) -> Prompted:
+    """The network behind a table of the prompts of `options`.
 
     Args:
       network: takes the condition.
@@ -94,11 +111,26 @@ def with_prompts(
     if options.shapes_only:
         return _without_encoders(network, params, texts)
     found = find()
+    table = _table(network, found, texts, size)
+    if null is None and found.zero_null:
+        for name in table.keys() & {'context', 'pooled'}:
+            table[name][-1] = 0
+    rows = tuple((name, array.shape[1:]) for name, array in table.items())
+    conditioned = Conditioned(network, rows, len(texts))
+    params = {**params, TABLE: {name: place(name, array) for name, array in table.items()}}
+
+    def encode(texts: Sequence[str]) -> dict[str, jax.Array]:
+        return {n: place(n, array) for n, array in _table(network, find(), texts, size).items()}
+
+    return Prompted(conditioned, params, len(prompts), encode)
+
+
+def _table(
+    network: LDMUNet | PixArt, found: Encoders, texts: Sequence[str], size: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """What the network is told of each text, in float32."""
     encode = _encode_caption if isinstance(network, PixArt) else _encode_context
     table = encode(network, found, texts)
-    if null is None and found.zero_null:
-        table = {name: array * (np.arange(len(texts)) < len(prompts)).reshape(
-            (-1,) + (1,) * (array.ndim - 1)) for name, array in table.items()}  # fmt: skip
     height, width = (np.full((len(texts), 1), side, np.float32) for side in size)
     if isinstance(network, PixArt) and network.size_conditions:
         table['resolution'] = np.concatenate([height, width], axis=1)
@@ -106,14 +138,10 @@ def with_prompts(
     elif isinstance(network, LDMUNet) and network.added_dim is not None:
         nothing = np.zeros_like(height)
         table['sizes'] = np.concatenate([height, width, nothing, nothing, height, width], axis=1)
-    rows = tuple((name, array.shape[1:]) for name, array in table.items())
-    table = {name: place(name, array.astype(np.float32)) for name, array in table.items()}
-    return Conditioned(network, rows, len(texts)), {**params, TABLE: table}, len(prompts)
+    return {name: array.astype(np.float32) for name, array in table.items()}
 
 
-def _without_encoders(
-    network: LDMUNet | PixArt, params: PyTree, texts: Sequence[str]
-) -> tuple[Conditioned, PyTree, int]:
+def _without_encoders(network: LDMUNet | PixArt, params: PyTree, texts: Sequence[str]) -> Prompted:
     if isinstance(network, PixArt):
         width = network.caption_channels or network.num_heads * network.head_dim
         rows = {'text': (_PIXART_LENGTH, width), 'text_mask': (_PIXART_LENGTH,)}
@@ -127,7 +155,8 @@ def _without_encoders(
     table = {
         name: jax.ShapeDtypeStruct((count, *shape), np.float32) for name, shape in rows.items()
     }
-    return Conditioned(network, tuple(rows.items()), count), {**params, TABLE: table}, count - 1
+    conditioned = Conditioned(network, tuple(rows.items()), count)
+    return Prompted(conditioned, {**params, TABLE: table}, count - 1, None)
 
 
 def encoders_from_folder(

@@ -8,7 +8,7 @@ per quantized network, and changes what differs. `main.py` reads it with `config
 from dmq_jax.config.checks import FLOAT_BITS
 from dmq_jax.config.conversion import describe, from_config_dict, to_dict
 from dmq_jax.config.drawing import CalibrateConfig, SamplerConfig, TeacherConfig
-from dmq_jax.config.learning import AdaptConfig, FinetuneConfig, ReconstructConfig
+from dmq_jax.config.learning import AdaptConfig, DataConfig, FinetuneConfig, ReconstructConfig
 from dmq_jax.config.methods import (
     LEARNS_BY,
     AdaptiveSoftmaxConfig,
@@ -65,6 +65,7 @@ __all__ = [
     'ChannelFactorsConfig',
     'ClassifierConfig',
     'Config',
+    'DataConfig',
     'DatasetConfig',
     'EfficientDMConfig',
     'EvaluateConfig',

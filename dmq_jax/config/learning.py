@@ -69,19 +69,43 @@ class FinetuneConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Images of one's own, which the stage `adapt` of every student learns from."""
+
+    # an .npz, a folder of images or of one subfolder per class, or tfds:NAME; 'teacher': drawn from
+    # the teacher itself by the run's sampler (a folder of that name is './teacher')
+    path: str = ''
+    # what shall not be forgotten, given as `path` is: a batch of these beside each one of `path`
+    # (prior preservation, DreamBooth, arXiv:2208.12242); '': none
+    class_path: str = ''
+    # of a teacher of texts: what images show that have no text of their own (beside NAME.png in
+    # NAME.txt, or as "text" in metadata.jsonl); '' is the empty text, None: each must have one
+    prompt: str | None = None
+    class_prompt: str | None = None  # the same of the class images
+    # images of another size than the teacher's: 'crop' scales them until they cover it and keeps
+    # the middle, 'pad' puts zeros around smaller ones
+    fit: Literal['crop', 'pad'] = 'crop'
+    num_images: int = 256  # drawn where either path is 'teacher', evenly of all classes or prompts
+    label: int = 0  # class of images without labels, for a teacher that has classes
+
+    def __post_init__(self):
+        check_choices(self)
+        check_at_least(self, 1, 'num_images')
+        check_at_least(self, 0, 'label')
+        for name, needed in (('class_path', 'path'), ('class_prompt', 'class_path')):
+            check(
+                not getattr(self, name) or bool(getattr(self, needed)),
+                f"{name}={getattr(self, name)!r} with {needed}='': expected data.{needed} as well.",
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AdaptConfig:
     """Fine-tuning on images of one's own with the denoising loss, after all other learning."""
 
     num_iterations: int = 0  # optimizer steps; 0: none
-    # an .npz, a folder of images or of one subfolder per class, or tfds:NAME; 'teacher': drawn from
-    # the teacher itself by the run's sampler (a folder of that name is './teacher')
-    images: str = ''
-    # what the student shall not forget, given as `images` are: a batch of these beside each one of
-    # `images` (prior preservation, DreamBooth, arXiv:2208.12242); '': none
-    class_images: str = ''
-    prior_weight: float = 1.0  # of their loss beside that of `images`
-    num_images: int = 256  # drawn where either is 'teacher', evenly of all classes
-    label: int = 0  # class of images without labels, for a teacher that has classes
+    # weight of the loss of class images (`data.class_path`) beside that of one's own
+    prior_weight: float = 1.0
     label_dropout: float = 0.1  # share of labels replaced by the null class, for guidance
     batch_size: int = 16  # images per optimizer step, each at a timestep of its own
     # regular expression over module paths: what is computed in them is computed again in the
@@ -91,13 +115,8 @@ class AdaptConfig:
     log_every: int = 20  # optimizer steps between lines of metrics.jsonl
 
     def __post_init__(self):
-        check_at_least(self, 0, 'num_iterations', 'label')
-        check_at_least(self, 1, 'batch_size', 'checkpoint_every', 'log_every', 'num_images')
+        check_at_least(self, 0, 'num_iterations')
+        check_at_least(self, 1, 'batch_size', 'checkpoint_every', 'log_every')
         check(self.prior_weight > 0, f'prior_weight={self.prior_weight}: expected more than 0.')
         check(0 <= self.label_dropout < 1, f'label_dropout={self.label_dropout}: expected 0..1.')
-        check(
-            self.num_iterations == 0 or bool(self.images),
-            "images='' with num_iterations > 0: expected an .npz, a folder, tfds:NAME or "
-            "'teacher'.",
-        )
         check_patterns(self, 'remat')

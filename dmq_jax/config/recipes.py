@@ -47,7 +47,7 @@ def quick(method: str) -> dict[str, dict[str, Any]]:
     """Options with which a method learns in minutes: `student(**quick('qdiffusion'))`.
 
     Those of the method, and of the stage by which it learns (`LEARNS_BY`), if it does. A stage that
-    learns from images needs `images` besides.
+    learns from images needs `Config.data` besides.
 
     Args:
       method: the name of a method, or of one of `RECIPES`.

@@ -5,7 +5,7 @@ from typing import Literal
 
 from dmq_jax.config.checks import FLOAT_BITS, check, check_at_least, check_choices
 from dmq_jax.config.drawing import CalibrateConfig, SamplerConfig, TeacherConfig
-from dmq_jax.config.learning import AdaptConfig, FinetuneConfig, ReconstructConfig
+from dmq_jax.config.learning import AdaptConfig, DataConfig, FinetuneConfig, ReconstructConfig
 from dmq_jax.config.methods import FullFinetuningConfig, MethodConfig, RoundToNearestConfig, why_not
 from dmq_jax.config.quantization import QuantConfig
 
@@ -45,7 +45,7 @@ class SampleConfig:
     batch_size: int = 100  # images per network call; does not change the images
     mode: Literal['integer', 'fake'] = 'integer'  # multiply integers, or simulate in float
     # a text file, one prompt a line, of a text-conditional teacher: image i has prompt i, and
-    # again from the first; calibration and fine-tuning take the same ones
+    # again from the first; calibration and fine-tuning take the same ones; None: data.prompt
     prompts: str | None = None
 
     def __post_init__(self):
@@ -114,6 +114,7 @@ class Config:
     teacher: TeacherConfig = TeacherConfig()
     sampler: SamplerConfig = SamplerConfig()  # draws the evaluated images
     calibrate: CalibrateConfig = CalibrateConfig()
+    data: DataConfig = DataConfig()
     students: dict[str, StudentConfig] = dataclasses.field(default_factory=dict)  # name: student
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -129,4 +130,11 @@ class Config:
                 name.isidentifier() and name != 'teacher',
                 f"students has the name {name!r}: expected letters, digits and '_' (it names "
                 f"folders and command line options), and not 'teacher'.",
+            )
+            num_iterations = self.students[name].adapt.num_iterations
+            check(
+                num_iterations == 0 or bool(self.data.path),
+                f"students.{name}.adapt.num_iterations={num_iterations} with data.path='': "
+                f"expected images as data.path: an .npz, a folder, tfds:NAME, or 'teacher' for "
+                f'images that the teacher draws; adapt.num_iterations=0 leaves the stage out.',
             )

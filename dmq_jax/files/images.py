@@ -1,9 +1,9 @@
-"""Image sets from `.npz` files, image folders and TensorFlow Datasets.
+"""Images for evaluation, in sets larger than memory: `.npz`, folders and TensorFlow Datasets.
 
-`load_images` returns a labelled set whole, for training. `open_images` hands out RGB images in
-batches, for evaluating sets larger than memory; its `.npz` layout is that of guided-diffusion
+`open_images` hands out RGB images in batches. Its `.npz` layout is that of guided-diffusion
 (Dhariwal and Nichol 2021, arXiv:2105.05233): `arr_0` holds the images, and a reference file also
-has the `mu`, `sigma`, `mu_s` and `sigma_s` of a whole data set.
+has the `mu`, `sigma`, `mu_s` and `sigma_s` of a whole data set. Sets to learn from are read by
+`files/image_sets.py`.
 """
 
 import collections
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 
 from dmq_jax.files import npz
 
@@ -28,45 +28,6 @@ STATISTICS_WIDTHS = (2048, 2023)
 DECODING_THREADS = 4
 PREFETCHED_BATCHES = 2
 HASHED_BYTES = 1 << 20
-
-
-class ImageSet(NamedTuple):
-    """Images and their classes, in the order of the source.
-
-    Attributes:
-      images: raw pixels.
-      labels: class of each image, or None where the source has none.
-    """
-
-    images: UInt8[np.ndarray, 'N H W C']
-    labels: Int[np.ndarray, 'N'] | None
-
-
-def load_images(source: str | Path, split: str = 'train') -> ImageSet:
-    """All images of one split of `source`.
-
-    Args:
-      source: an `.npz` holding `{split}_images` and `{split}_labels` (or `arr_0` alone); a folder
-        of images, or of one subfolder per class (a subfolder named `split` is entered first); or
-        `tfds:NAME`.
-      split: 'train' or 'test'.
-
-    Raises:
-      FileNotFoundError: no such file or folder, or a folder without images.
-      ValueError: an `.npz` without the arrays, or images of different sizes.
-      ModuleNotFoundError: `tfds:` without tensorflow-datasets.
-    """
-    if str(source).startswith('tfds:'):
-        return _from_tfds(str(source).removeprefix('tfds:'), split)
-    path = Path(source)
-    if path.is_dir():
-        return _from_folder(path / split if (path / split).is_dir() else path)
-    if not path.is_file():
-        raise FileNotFoundError(
-            f'{path}: no such file or folder; expected an .npz with {split}_images and '
-            f'{split}_labels, a folder of images, or tfds:NAME.'
-        )
-    return _from_npz(path, split)
 
 
 class ReferenceStatistics(NamedTuple):
@@ -242,77 +203,12 @@ def check_statistics(
                 )
 
 
-def pad_images(images: UInt8[np.ndarray, 'N H W C'], size: int) -> UInt8[np.ndarray, 'N S S C']:
-    """The images with zeros around them, `size` pixels high and wide.
+def tfds_source(name: str, split: str) -> Any:
+    """A data set of TensorFlow Datasets, by index.
 
     Raises:
-      ValueError: images larger than `size`.
+      ModuleNotFoundError: tensorflow-datasets is not there.
     """
-    height, width = images.shape[1:3]
-    if height > size or width > size:
-        raise ValueError(f'images of {height}x{width} do not fit in image_size={size}.')
-    top, left = (size - height) // 2, (size - width) // 2
-    below, right = size - height - top, size - width - left
-    return np.pad(images, ((0, 0), (top, below), (left, right), (0, 0)))
-
-
-def _from_npz(path: Path, split: str) -> ImageSet:
-    with np.load(path) as arrays:
-        names = set(arrays.files)
-        if f'{split}_images' in names:
-            images = arrays[f'{split}_images']
-            labels = arrays[f'{split}_labels'] if f'{split}_labels' in names else None
-        elif 'arr_0' in names:
-            images, labels = arrays['arr_0'], None
-        else:
-            raise ValueError(
-                f'{path} holds {sorted(names)}: expected {split}_images (and {split}_labels), '
-                f'or arr_0.'
-            )
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.dtype != np.uint8 or images.ndim != 4:
-        raise ValueError(
-            f'{path}: images are {images.dtype} {images.shape}, expected uint8 [N, H, W, C].'
-        )
-    if labels is not None and len(labels) != len(images):
-        raise ValueError(f'{path}: {len(images)} images but {len(labels)} labels.')
-    return ImageSet(images, None if labels is None else labels.astype(np.int32))
-
-
-def _from_folder(path: Path) -> ImageSet:
-    from PIL import Image
-
-    classes = sorted(p for p in path.iterdir() if p.is_dir())
-    groups = classes or [path]
-    files = [
-        (file, label)
-        for label, group in enumerate(groups)
-        for file in sorted(group.iterdir())
-        if file.suffix.lower() in IMAGE_SUFFIXES
-    ]
-    if not files:
-        raise _no_images(path)
-    images = []
-    for file, _ in files:
-        with Image.open(file) as opened:
-            image = np.asarray(opened if opened.mode == 'L' else opened.convert('RGB'))
-        image = image[..., None] if image.ndim == 2 else image
-        if images:
-            _check_size(file, image, files[0][0], images[0].shape)
-        images.append(image)
-    labels = np.array([label for _, label in files], np.int32) if classes else None
-    return ImageSet(np.stack(images), labels)
-
-
-def _from_tfds(name: str, split: str) -> ImageSet:
-    source = _tfds_source(name, split)
-    images = np.stack([example['image'] for example in source])
-    labels = np.array([example['label'] for example in source], np.int32)
-    return ImageSet(images, labels)
-
-
-def _tfds_source(name: str, split: str) -> Any:
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -365,12 +261,12 @@ def _read_statistics(path: Path, widths: tuple[int, int]) -> ReferenceStatistics
 def _open_folder(path: Path) -> ImageStream:
     files = sorted(f for f in path.rglob('*') if f.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
-        raise _no_images(path)
+        raise no_images(path)
     shape = _decode_rgb(files[0]).shape
 
     def decode(file: Path) -> np.ndarray:
         image = _decode_rgb(file)
-        _check_size(file, image, files[0], shape)
+        check_size(file, image, files[0], shape)
         return image
 
     def read(batch_size: int) -> Iterator[np.ndarray]:
@@ -394,14 +290,14 @@ def _open_folder(path: Path) -> ImageStream:
 
 
 def _open_tfds(name: str, split: str) -> ImageStream:
-    source = _tfds_source(name, split)
+    source = tfds_source(name, split)
     where = f'tfds:{name}:{split}'
     shape = source[0]['image'].shape
     _check_channels(shape, f'{where}: images are {shape}')
 
     def image(index: int) -> np.ndarray:
         pixels = np.asarray(source[index]['image'])
-        _check_size(f'{where}[{index}]', pixels, f'{where}[0]', shape)
+        check_size(f'{where}[{index}]', pixels, f'{where}[0]', shape)
         return pixels
 
     def read(batch_size: int) -> Iterator[np.ndarray]:
@@ -434,7 +330,7 @@ def _decode_rgb(file: Path) -> UInt8[np.ndarray, 'H W 3']:
             if mode == 'RGB' or opaque_palette:
                 return np.asarray(opened.convert('RGB'))
     except OSError as error:
-        raise ValueError(f'{file}: no readable image ({error}). Copy or make it again.') from error
+        raise unreadable(file, error) from error
     kinds = {'1': 'grey', 'L': 'grey', 'I;16': 'grey', 'I': 'grey', 'F': 'grey', 'LA': 'grey',
              'RGBA': 'transparent', 'P': 'transparent', 'PA': 'transparent'}  # fmt: skip
     raise ValueError(
@@ -451,15 +347,26 @@ def _check_channels(shape: tuple[int, ...], found: str) -> None:
         )
 
 
-def _check_size(
+def check_size(
     file: str | Path, image: np.ndarray, first_file: str | Path, shape: tuple[int, ...]
 ) -> None:
+    """Refuses an image of another shape than the first one.
+
+    Raises:
+      ValueError: it is; names both.
+    """
     if image.shape != shape:
         raise ValueError(f'{file} is {image.shape}, {first_file} is {shape}: expected one size.')
 
 
-def _no_images(path: Path) -> FileNotFoundError:
+def no_images(path: Path) -> FileNotFoundError:
+    """The error for a folder without images."""
     return FileNotFoundError(f'{path}: no images ({", ".join(IMAGE_SUFFIXES)}) in it.')
+
+
+def unreadable(file: Path, error: OSError) -> ValueError:
+    """The error for a file that is no image, or a damaged one."""
+    return ValueError(f'{file}: no readable image ({error}). Copy or make it again.')
 
 
 def _count_not_finite(values: np.ndarray) -> int:

@@ -7,6 +7,7 @@ DiT, PixArt) and `VQAutoencoder` with a codebook (VQ-f4, VQ-f8), both with what 
 every layer has a module path of its own.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -186,8 +187,13 @@ class VQAutoencoder(nn.Module):
         return self.decoder(self.post_quant(h))
 
 
-def scale_latents(network: AutoencoderKL | VQAutoencoder, latents: Array) -> Array:
+def scale_latents(
+    network: AutoencoderKL | VQAutoencoder, latents: Array | Moments
+) -> Array | Moments:
     """Latents of the encoder as a diffusion network takes them: (z - shift) * scale."""
+    if isinstance(latents, Moments):
+        log_variance = latents.log_variance + 2 * math.log(network.scaling_factor)
+        return Moments(scale_latents(network, latents.mean), log_variance)
     return (latents - network.shift_factor) * network.scaling_factor
 
 
