@@ -190,9 +190,7 @@ def make_train_step(
         value, gradients = jax.value_and_grad(loss)(
             train.state, constants, *batch, jax.random.fold_in(step_key, 1)
         )
-        # optax raises a float to its int32 step count, which strict promotion forbids.
-        with jax.numpy_dtype_promotion('standard'):
-            updates, moments = optimizer.update(gradients, train.optimizer, train.state)
+        updates, moments = optimizer.update(gradients, train.optimizer, train.state)
         return TrainState(optax.apply_updates(train.state, updates), moments, train.step + 1), value
 
     return train_step

@@ -306,9 +306,7 @@ def make_train_step(
         return (value, prediction), slopes
 
     def update(train, slopes, prediction, sampler, key):
-        # optax raises a float to its int32 step count, which strict promotion forbids.
-        with jax.numpy_dtype_promotion('standard'):
-            updates, optimizer_state = optimizer.update(slopes, train.optimizer, train.state)
+        updates, optimizer_state = optimizer.update(slopes, train.optimizer, train.state)
         state = optax.apply_updates(train.state, updates)
         positions = advance(train.positions, prediction, sampler, info, key)
         train = TrainState(state, optimizer_state, positions, train.step + 1)

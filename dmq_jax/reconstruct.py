@@ -302,9 +302,7 @@ def make_block_step(
         batch = mesh.split(device_mesh, jax.tree.map(lambda leaf: leaf[indices], examples))
         progressed = j.astype(jnp.float32) / num_iterations
         value, gradients = jax.value_and_grad(loss)(part, params, batch, progressed)
-        # optax raises a float to its int32 step count, which strict promotion forbids.
-        with jax.numpy_dtype_promotion('standard'):
-            updates, moments = optimizer.update(gradients, moments, part)
+        updates, moments = optimizer.update(gradients, moments, part)
         stands = jax.tree.map(jnp.zeros_like, select(updates, block.fixed, task.plan))
         learnt = jax.tree.map(jnp.add, part, merge(updates, stands)), moments
         placement = mesh.shardings(device_mesh, learnt, _STATE_RULES)

@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, UInt8
 from rich.progress import Progress
 
+from dmq_jax.methods.base import promoting
 from dmq_jax.metrics.classifier import Classifier, FeatureNetwork, extract
 from dmq_jax.runtime import programs
 
@@ -88,11 +89,12 @@ def make_optimizer(
     learning_rate: float, weight_decay: float, num_steps: int
 ) -> optax.GradientTransformation:
     """AdamW that decays kernels only, on a warm-up over a tenth of the steps and a cosine."""
-    return optax.adamw(
+    rule = optax.adamw(
         optax.warmup_cosine_decay_schedule(0.0, learning_rate, max(1, num_steps // 10), num_steps),
         weight_decay=weight_decay,
         mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
     )
+    return promoting(rule)
 
 
 def make_train_step(
@@ -119,11 +121,7 @@ def make_train_step(
         loss, gradients = jax.value_and_grad(compute_loss, argnums=1)(
             model, state.params, inputs, all_labels[indices], label_smoothing
         )
-        # optax raises a float to its int32 step count, which strict promotion forbids.
-        with jax.numpy_dtype_promotion('standard'):
-            updates, optimizer_state = optimizer.update(
-                gradients, state.optimizer_state, state.params
-            )
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.params)
         params = optax.apply_updates(state.params, updates)
         # Short memory at first, else a short run would return mostly its initial weights.
         step = state.step.astype(jnp.float32)

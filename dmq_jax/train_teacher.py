@@ -25,6 +25,7 @@ from dmq_jax import config as config_lib
 from dmq_jax.diffusion import samplers
 from dmq_jax.diffusion.schedule import Schedule, alphas_cumprod
 from dmq_jax.files.image_sets import ImageSet, load_images, pad_images
+from dmq_jax.methods.base import promoting
 from dmq_jax.metrics import classifier as classifier_lib
 from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.runtime import log, mesh, programs
@@ -87,7 +88,8 @@ def make_optimizer(config: config_lib.TrainTeacherConfig) -> optax.GradientTrans
         0.0, config.learning_rate, config.warmup_iterations,
         max(config.num_iterations, config.warmup_iterations + 1), config.learning_rate / 100,
     )  # fmt: skip
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
+    rule = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
+    return promoting(rule)
 
 
 def diffusion_loss(
@@ -139,9 +141,7 @@ def make_train_step(config: config_lib.TrainTeacherConfig, denoiser: denoisers.D
                 label_dropout=config.label_dropout,
             )  # fmt: skip
         )(state.params)
-        # optax raises a float to its int32 step count, which strict promotion forbids.
-        with jax.numpy_dtype_promotion('standard'):
-            updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         # A short memory at first: the average must not keep the random initial weights.
         step = state.step.astype(jnp.float32)

@@ -230,8 +230,7 @@ def num_trained(state: State, optimizers: Iterable[Callable[[State, optax.Schedu
         for make in optimizers:
             optimizer = make(state, Decay(1))
             slope = jax.tree.map(jnp.ones_like, state)
-            with jax.numpy_dtype_promotion('standard'):
-                updates, _ = optimizer.update(slope, optimizer.init(state), state)
+            updates, _ = optimizer.update(slope, optimizer.init(state), state)
             found = jax.tree.map(lambda old, leaf: old | jnp.any(leaf != 0), found, updates)
         return found
 
@@ -269,6 +268,19 @@ def adam(rate: float, decay: optax.Schedule) -> optax.GradientTransformation:
     return optax.chain(optax.scale_by_adam(), decayed(rate, decay))
 
 
+def promoting(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A rule of optax that raises a float to its int32 step count, which strict promotion forbids.
+
+    Adam does.
+    """
+
+    def update(updates, optimizer_state, state=None):
+        with jax.numpy_dtype_promotion('standard'):
+            return rule.update(updates, optimizer_state, state)
+
+    return optax.GradientTransformation(rule.init, update)
+
+
 def per_group(
     groups: Mapping[str, optax.GradientTransformation],
 ) -> optax.GradientTransformation:
@@ -286,7 +298,7 @@ def per_group(
         }
         return {n: r[0] for n, r in results.items()}, {n: r[1] for n, r in results.items()}
 
-    return optax.GradientTransformation(init, update)
+    return promoting(optax.GradientTransformation(init, update))
 
 
 def get_leaf(params: PyTree, name: str) -> Array:

@@ -168,8 +168,7 @@ class Trained:
             (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(
                 state, teacher.params, images, t, None, jnp.ones(())
             )
-            with jax.numpy_dtype_promotion('standard'):
-                updates, moments = optimizer.update(gradients, moments, state)
+            updates, moments = optimizer.update(gradients, moments, state)
             state = jax.tree.map(jnp.add, state, updates)
             return state, moments, value, gradients
 

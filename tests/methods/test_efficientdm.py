@@ -205,8 +205,7 @@ def train(num_steps, **options):
     gradients = jax.tree.map(jnp.ones_like, state)
     after = state
     for _ in range(num_steps):
-        with jax.numpy_dtype_promotion('standard'):
-            updates, moments = optimizer.update(gradients, moments, after)
+        updates, moments = optimizer.update(gradients, moments, after)
         after = jax.tree.map(jnp.add, after, updates)
     return state, after
 
@@ -264,9 +263,8 @@ def test_the_rates_follow_the_decay():
     method, state = start(weight_scale_learning_rate=1e-2)
     optimizer = method.optimizer(state, lambda step: jnp.where(step < 1, 1.0, 0.0))
     gradients, moments = jax.tree.map(jnp.ones_like, state), optimizer.init(state)
-    with jax.numpy_dtype_promotion('standard'):
-        first, moments = optimizer.update(gradients, moments, state)
-        second, _ = optimizer.update(gradients, moments, state)
+    first, moments = optimizer.update(gradients, moments, state)
+    second, _ = optimizer.update(gradients, moments, state)
     assert all(np.all(leaf) for leaf in jax.tree.leaves(first['weight']))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(second))
 
@@ -289,8 +287,7 @@ def run_adam(optimizer, gradients):
     state, history = optimizer.init(params), []
     for gradient in gradients:
         updates = {'a': gradient, 'b': jnp.stack([gradient, -2 * gradient], -1)}
-        with jax.numpy_dtype_promotion('standard'):
-            steps, state = optimizer.update(updates, state)
+        steps, state = base.promoting(optimizer).update(updates, state)
         history.append(steps)
     return history, state
 

@@ -80,10 +80,7 @@ def test_the_gradients_of_kernel_and_step_are_those_of_lsq():
 def test_weights_move_in_proportion_to_the_step_of_their_layer():
     method, state = start(rate_per_scale=0.25)
     optimizer = method.optimizer(state, lambda step: 1.0)
-    with jax.numpy_dtype_promotion('standard'):
-        updates, _ = optimizer.update(
-            jax.tree.map(jnp.ones_like, state), optimizer.init(state), state
-        )
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, state), optimizer.init(state), state)
     for path, update in updates['kernel'].items():
         mean = float(jnp.mean(state['calibrated']['weight'][path]['scale']))
         # Adam's first step is its rate, but for its epsilon.

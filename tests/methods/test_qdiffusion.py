@@ -54,8 +54,7 @@ def test_each_phase_moves_its_own_group_alone():
     gradients = jax.tree.map(jnp.ones_like, state)
     for phase, group in zip(method.phases, ('rounding', 'input'), strict=True):
         optimizer = phase.optimizer(state, base.Decay(1))
-        with jax.numpy_dtype_promotion('standard'):
-            updates, _ = optimizer.update(gradients, optimizer.init(state), state)
+        updates, _ = optimizer.update(gradients, optimizer.init(state), state)
         moved = {
             name for name, tree in updates.items() if any(u.any() for u in jax.tree.leaves(tree))
         }
@@ -67,8 +66,7 @@ def test_the_rate_is_what_the_iterations_ask_for_unless_it_is_given(num_iteratio
     for rate, moved in ((None, 20.0 / num_iterations), (0.3, 0.3)):
         method, state = start(rounding_learning_rate=rate)
         optimizer = method.phases[0].optimizer(state, base.Decay(num_iterations))
-        with jax.numpy_dtype_promotion('standard'):
-            updates, _ = optimizer.update(state, optimizer.init(state), state)
+        updates, _ = optimizer.update(state, optimizer.init(state), state)
         # Adam's first step is its rate, but for its epsilon.
         np.testing.assert_allclose(np.abs(updates['rounding']['a']).max(), moved, rtol=1e-5)
 

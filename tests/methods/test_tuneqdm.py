@@ -106,8 +106,7 @@ def test_a_separable_rescaling_is_learnt_exactly_where_output_scales_alone_canno
         @jax.jit
         def step(state, moments, loss=loss, optimizer=optimizer):
             value, gradients = jax.value_and_grad(loss)(state)
-            with jax.numpy_dtype_promotion('standard'):
-                updates, moments = optimizer.update(gradients, moments, state)
+            updates, moments = optimizer.update(gradients, moments, state)
             return jax.tree.map(jnp.add, state, updates), moments, value
 
         moments = optimizer.init(state)
