@@ -38,6 +38,7 @@ from dmq_jax.runtime import log, mesh, programs
 from dmq_jax.runtime.checkpoint import Checkpoints
 
 _BATCH_RULES = (('.*', (mesh.BATCH,)),)
+_WHOLE = (('.*', ()),)
 
 
 class TrainState(NamedTuple):
@@ -252,12 +253,12 @@ def run(
     constants = make_constants(teacher, method, state, plan)
     constants = mesh.shard_weights(device_mesh, constants)
     sets = mesh.replicate(device_mesh, [*map(tuple, sets)])
-    train = TrainState(state, optimizer.init(state), jnp.zeros((), jnp.int32))
-    # A copy: the step donates its state, and moments may be one array of zeros.
-    train = mesh.replicate(device_mesh, programs.copied(train))
+
+    def start() -> TrainState:
+        return TrainState(state, optimizer.init(state), jnp.zeros((), jnp.int32))
+
     with Checkpoints(workdir / 'checkpoints') as checkpoints, log.make_writer(workdir) as writer:
-        restored = checkpoints.restore_latest(like=(train, np.zeros((), np.float32)))
-        train, spent_s = (train, 0.0) if restored is None else (restored[0], float(restored[1]))
+        train, spent_s = descent.restore_or_start(checkpoints, start, device_mesh, _WHOLE)
         train, duration_s = descent.descend(
             lambda train: train_step(train, constants, *sets), train, spent_s, config,
             checkpoints=checkpoints, writer=writer, description=description,

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from dmq_jax.runtime import hosts, log, memory
+from dmq_jax.runtime import hosts, log, memory, mesh, programs
 from dmq_jax.runtime.checkpoint import Checkpoints
 from dmq_jax.runtime.progress import progress
 
@@ -22,6 +22,31 @@ class Options(Protocol):
 
 
 T = TypeVar('T')  # a train state: a tree with its number of steps as `step`
+
+
+def restore_or_start(
+    checkpoints: Checkpoints, start: Callable[[], T], device_mesh: mesh.Mesh, rules: mesh.Rules
+) -> tuple[T, float]:
+    """The train state of the last checkpoint, or else the first one, placed on the devices.
+
+    Args:
+      checkpoints: of this run.
+      start: makes the first train state; only traced where there is a checkpoint.
+      device_mesh: of the run.
+      rules: what of a train state lies where; see `mesh.shardings`.
+
+    Returns:
+      The train state, and the seconds spent until then.
+    """
+    like = mesh.abstract(device_mesh, jax.eval_shape(start), rules)
+    restored = checkpoints.restore_latest(like=(like, np.zeros((), np.float32)))
+    if restored is None:
+        train, placement = start(), jax.tree.map(lambda leaf: leaf.sharding, like)
+        # A copy: the step donates its state, and leaves may be shared with the caller's or be the
+        # same array twice (moments that all start from one zero).
+        return programs.copied(mesh.place(train, placement)), 0.0
+    train, spent_s = restored
+    return train, float(spent_s)
 
 
 def descend(

@@ -373,41 +373,12 @@ def run(
         Checkpoints(workdir / 'checkpoints', config.max_to_keep) as checkpoints,
         log.make_writer(workdir) as writer,
     ):
-        train, spent_s = restore_or_start(checkpoints, start, device_mesh)
+        train, spent_s = descent.restore_or_start(checkpoints, start, device_mesh, SHARDING_RULES)
         train, duration_s = descent.descend(
             lambda train: compiled(train)(train, params, sampler, key), train, spent_s, config,
             checkpoints=checkpoints, writer=writer, description=description,
         )  # fmt: skip
     return Finetuned(mesh.fetch(device_mesh, train.state), duration_s)
-
-
-def restore_or_start(
-    checkpoints: Checkpoints, start: Callable[[], TrainState], device_mesh: mesh.Mesh
-) -> tuple[TrainState, float]:
-    """The train state of the last checkpoint, or else the first one, placed on the devices.
-
-    Args:
-      checkpoints: of this run.
-      start: makes the first train state; only traced where there is a checkpoint.
-      device_mesh: see `SHARDING_RULES`.
-
-    Returns:
-      The train state, and the seconds spent until then.
-    """
-    train = jax.eval_shape(start)
-    placement = mesh.shardings(device_mesh, train, SHARDING_RULES)
-    like = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        train, placement,
-    )  # fmt: skip
-    restored = checkpoints.restore_latest(like=(like, np.zeros((), np.float32)))
-    if restored is None:
-        train = start()
-        # A copy: the step donates its state, and leaves may be shared with the caller's or be the
-        # same array twice (moments that all start from one zero).
-        return programs.copied(mesh.place(train, placement)), 0.0
-    train, spent_s = restored
-    return train, float(spent_s)
 
 
 def save(path: str | os.PathLike, result: Finetuned) -> None:
