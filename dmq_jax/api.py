@@ -83,6 +83,11 @@ def quantize(
         {'reconstruct': reconstruct_options, 'finetune': finetune_options, 'adapt': adapt_options},
     )  # fmt: skip
     calibrate = config_lib.from_config_dict(calibrate_options or {}, config_lib.CalibrateConfig)
+    if data_options is not None and not (student.adapt.num_iterations or num_iterations == 0):
+        raise ValueError(
+            f'data_options={data_options}: the method {method!r} learns from no images; leave them '
+            f'out.'
+        )
     data = config_lib.from_config_dict(data_options or {}, config_lib.DataConfig)
     if student.adapt.num_iterations and not data.path:
         raise ValueError(

@@ -20,8 +20,8 @@ from dmq_jax.models.autoencoder import Moments
 
 # In place of a path: images that the teacher draws.
 TEACHER = 'teacher'
-# Of the table in front of an upsampler; see `checkpoints.small_images`.
-_SMALL_IMAGES = 'low_res'
+# The option that says what the images of another show.
+_PROMPTS = {'path': 'prompt', 'class_path': 'class_prompt'}
 
 
 class Images(NamedTuple):
@@ -50,7 +50,7 @@ class Examples(NamedTuple):
 
 def names(config: DataConfig) -> list[str]:
     """The options that name images, those to learn first."""
-    return [name for name in ('path', 'class_path') if getattr(config, name)]
+    return [name for name in _PROMPTS if getattr(config, name)]
 
 
 def prompt(config: DataConfig, name: str) -> str | None:
@@ -60,7 +60,7 @@ def prompt(config: DataConfig, name: str) -> str | None:
       config: of the images.
       name: of their option, 'path' or 'class_path'.
     """
-    return getattr(config, name.replace('path', 'prompt'))
+    return getattr(config, _PROMPTS[name])
 
 
 def load(teacher: denoisers.Denoiser, config: DataConfig, name: str) -> Images | None:
@@ -78,20 +78,34 @@ def load(teacher: denoisers.Denoiser, config: DataConfig, name: str) -> Images |
     """
     info, path = teacher.info, getattr(config, name)
     where, text = f'data.{name}={path!r}', prompt(config, name)
-    _check_teacher(teacher)
-    if text is not None and teacher.encode_prompts is None:
+    if networks.SMALL_IMAGES in networks.conditions(teacher.network):
         raise ValueError(
-            f'data.{name.replace("path", "prompt")}={text!r}: this teacher is conditioned on no '
-            f'texts, or its text encoder is not at hand; expected None.'
+            f'{where}: this teacher makes large images of small ones, and cannot be adapted; adapt '
+            f'the one that draws the small images.'
+        )
+    sampling.check_encoder(teacher)
+    takes_texts = teacher.encode_prompts is not None
+    if text is not None and not takes_texts:
+        raise ValueError(
+            f'data.{_PROMPTS[name]}={text!r}: this teacher is conditioned on no texts, or its text '
+            f'encoder is not at hand; expected None.'
         )
     if path == TEACHER:
+        # Its own prompts are mostly what is to be learnt.
+        if takes_texts and text is None and name == 'class_path':
+            raise ValueError(
+                f'{where} without data.class_prompt: say what the teacher is to draw so that it is '
+                f'not forgotten.'
+            )
         return None
     try:
         fit = functools.partial(_fit, shape=denoisers.pixel_shape(teacher), how=config.fit)
         found = image_sets.load_images(path, fit=fit)
-    except (FileNotFoundError, ValueError) as error:
-        raise type(error)(f'{where}: {error}') from error
-    if teacher.encode_prompts is not None:
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f'{where}: {error}') from error
+    except ValueError as error:
+        raise ValueError(f'{where}: {error}') from error
+    if takes_texts:
         return Images(found.images, _texts(found, text, where))
     if info.num_classes is None:
         return Images(found.images, None)
@@ -106,30 +120,20 @@ def load(teacher: denoisers.Denoiser, config: DataConfig, name: str) -> Images |
     return Images(found.images, labels)
 
 
-def _check_teacher(teacher: denoisers.Denoiser) -> None:
-    network = teacher.network
-    if isinstance(network, networks.Conditioned) and _SMALL_IMAGES in dict(network.rows):
-        raise ValueError(
-            'data.path: this teacher makes large images of small ones, and cannot be adapted; '
-            'adapt the one that draws the small images.'
-        )
-    sampling.check_encoder(teacher)
-
-
 def _fit(
-    image: UInt8[np.ndarray, 'H W C'], *, shape: tuple[int, int, int], how: str
-) -> UInt8[np.ndarray, 'h w c']:
+    images: UInt8[np.ndarray, '*N H W C'], *, shape: tuple[int, int, int], how: str
+) -> UInt8[np.ndarray, '*N h w c']:
     *size, channels = shape
-    if image.shape[-1] == 1:
-        image = np.repeat(image, channels, axis=-1)
-    if image.shape[-1] != channels:
+    if images.shape[-1] == 1:
+        images = np.repeat(images, channels, axis=-1)
+    if images.shape[-1] != channels:
         raise ValueError(
-            f'images of {image.shape[-1]} channels; expected {channels}, as the teacher draws.'
+            f'images of {images.shape[-1]} channels; expected {channels}, as the teacher draws.'
         )
     if how == 'crop':
-        return image_sets.crop_image(image, tuple(size))
+        return image_sets.crop_images(images, tuple(size))
     try:
-        return image_sets.pad_images(image, tuple(size))
+        return image_sets.pad_images(images, tuple(size))
     except ValueError as error:
         raise ValueError(f"{error} data.fit='crop' scales them.") from error
 

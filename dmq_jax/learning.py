@@ -53,7 +53,7 @@ class Run(NamedTuple):
     device_mesh: mesh.Mesh
     teacher_id: str
     # What students adapt to, by option of `config.data`; None: the teacher draws them.
-    images: dict[str, data.Images | None] = {}
+    images: dict[str, data.Images | None]
 
     def key(self, stage: str) -> jax.Array:
         """The root key of a stage."""
@@ -186,8 +186,9 @@ def learn(context: Run, name: str) -> Learnt:
     method = make_method(context, name)
     # The same key for all: students that differ in one option start from the same numbers.
     key = context.key('finetune')
-    # A table of conditions is what a network is told, no part of it.
-    params = {n: leaf for n, leaf in context.teacher.params.items() if n != networks.TABLE}
+    params = context.teacher.params
+    if context.teacher.encode_prompts is not None:  # what prompts are told as is not to be learnt
+        params = {name: leaf for name, leaf in params.items() if name != networks.TABLE}
     inputs = params, stats.stats, key
     state = programs.call_once(method.init, *inputs)
     took = []
@@ -199,11 +200,12 @@ def learn(context: Run, name: str) -> Learnt:
         def make() -> Any:
             # Checkpoints outlive the artefact they lead to, and so need a mark of their own.
             artefacts.claim(folder / stage, options)
+            teacher, given = context.teacher, {}
+            if stage == 'adapt':
+                images = [images_of(context, name) for name in context.images]
+                teacher, given['sets'] = data.examples(teacher, images)
+                memory.give_back()  # encoders, which are no part of the stage
             with memory.watched() as peak:
-                teacher, given = context.teacher, {}
-                if stage == 'adapt':
-                    images = [images_of(context, name) for name in context.images]
-                    teacher, given['sets'] = data.examples(teacher, images)
                 result = run(
                     teacher, method, state, context.plans[name], stats.timesteps,
                     student.quant.timestep_lookup, getattr(student, stage), **given,
@@ -327,7 +329,7 @@ def pack(context: Run, name: str) -> tuple[exporting.Exported, dict[str, Any]]:
     plan, *tables_of = shared
     model = exporting.make(context.teacher, plan, bound, *tables_of)
     # What another adaptation of the same integers takes.
-    is_switched = learnt.method.beside is not None
+    is_switched = learnt.method.beside is not None and (model.channels or model.branches)
     return model, {
         'finetune_seconds': learnt.duration_s,
         'method': student.method.name,
@@ -344,12 +346,12 @@ def exported(context: Run, name: str) -> exporting.Exported:
     integers (`scale_sets`).
     """
     calibration(context)
-    is_switched = make_method(context, name).beside is not None
 
     def save(path: Path, made: tuple[exporting.Exported, dict[str, Any]]) -> None:
-        exporting.save(path, *made)
-        if is_switched:
-            scale_sets.save(path / _SET, made[0])
+        model, facts = made
+        exporting.save(path, model, facts)
+        if facts['set_mb'] is not None:
+            scale_sets.save(path / _SET, model)
 
     return artefacts.artefact(
         student_folder(context, name) / 'export',

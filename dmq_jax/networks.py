@@ -4,7 +4,8 @@
 axis: None, class labels, or a mapping of further inputs. A network that looks at a text, at the
 embedding of a class or at a small image is wrapped in `Conditioned`: what it looks at stands in a
 table among its parameters, one row for every class, prompt or image, so that its `y` is labels as
-well. A row more than there are labels is the null condition of classifier-free guidance, the last.
+well. A row more than there are labels is the null condition of classifier-free guidance; after it
+may come what is never drawn, the texts of images that are learnt from.
 """
 
 import dataclasses
@@ -34,6 +35,8 @@ AUTOENCODERS: dict[str, type[nn.Module]] = {'kl': AutoencoderKL, 'vq': VQAutoenc
 # The entry of `params` that holds the rows, and that of a mapping `y` that names one.
 TABLE = 'conditions'
 LABEL = 'label'
+# An input of networks that make large images of small ones.
+SMALL_IMAGES = 'low_res'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +112,11 @@ def family(network: Network) -> str:
     known = {kind: name for name, kind in (FAMILIES | AUTOENCODERS).items()}
     assert type(module) in known, f'{type(module).__name__} is no family of FAMILIES'
     return known[type(module)]
+
+
+def conditions(network: Network) -> tuple[str, ...]:
+    """The inputs that stand in the table in front of a network; none without one."""
+    return tuple(dict(network.rows)) if isinstance(network, Conditioned) else ()
 
 
 def class_rows(network: Network) -> int:

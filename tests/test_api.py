@@ -107,8 +107,9 @@ def quantize_briefly(teacher, name, method_options, workdir, num_iterations=4):
     stage = stage_of(name)
     return dmq_jax.quantize(
         teacher, name, num_iterations=num_iterations if stage else None, workdir=workdir,
-        method_options=method_options, calibrate_options=CALIBRATE, data_options=BRIEF['data'],
-        **({f'{stage}_options': BRIEF[stage]} if stage else {}), **FEW_QUANT,
+        method_options=method_options, calibrate_options=CALIBRATE,
+        **({f'{stage}_options': BRIEF[stage]} if stage else {}),
+        **({'data_options': BRIEF['data']} if stage == 'adapt' else {}), **FEW_QUANT,
     )  # fmt: skip
 
 
@@ -272,6 +273,10 @@ def test_options_of_a_stage_make_the_method_learn_by_it():
         (
             lambda t: dmq_jax.quantize(t, 'tuneqdm'),
             "data_options=None: the method 'tuneqdm' learns from images; add 'path'",
+        ),
+        (
+            lambda t: dmq_jax.quantize(t, 'efficientdm', data_options={'path': 'teacher'}),
+            "data_options=.*: the method 'efficientdm' learns from no images; leave them out",
         ),
         (
             lambda t: dmq_jax.quantize(t, 'qlora', data_options={'path': 'no_such_folder'}),

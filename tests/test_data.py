@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import dmq_jax
-from dmq_jax import data, denoisers, pipeline, sampling
+from dmq_jax import data, denoisers, networks, pipeline, sampling
 from dmq_jax.artefacts import digest
 from dmq_jax.config import DataConfig, from_config_dict
 from dmq_jax.models import autoencoder, autoencoder_weights
@@ -129,9 +129,16 @@ def test_a_teacher_of_latents_needs_the_encoder(texts):
 
 def test_what_makes_large_images_of_small_ones_is_refused():
     teacher = tiny.teacher()
-    network = denoisers.networks.Conditioned(teacher.network, (('low_res', (4, 4, 1)),), 3)
+    network = networks.Conditioned(teacher.network, (('low_res', (4, 4, 1)),), 3)
     with pytest.raises(ValueError, match='makes large images of small ones'):
         data.load(teacher._replace(network=network), DataConfig(path='teacher'), 'path')
+
+
+def test_class_images_that_the_teacher_draws_need_a_text_of_their_own(texts):
+    config = DataConfig(path='teacher', prompt='a', class_path='teacher')
+    assert data.load(texts, config, 'path') is None
+    with pytest.raises(ValueError, match="data.class_path='teacher' without data.class_prompt"):
+        data.load(texts, config, 'class_path')
 
 
 def test_further_texts_leave_the_prompts_and_the_null_condition_where_they_are(texts):

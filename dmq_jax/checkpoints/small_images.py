@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from dmq_jax.checkpoints.options import Options, place
 from dmq_jax.files import npz
 from dmq_jax.models.adm_unet import ADMUNet
-from dmq_jax.networks import TABLE, Conditioned
+from dmq_jax.networks import SMALL_IMAGES, TABLE, Conditioned
 
 # Where nothing but shapes is asked for: of the published upsamplers.
 _FACTOR = 4
@@ -43,7 +43,7 @@ def with_small_images(
                 'classes.'
             )
         small = side // _FACTOR
-        shapes = {'low_res': (1, small, small, network.low_res_channels)}
+        shapes = {SMALL_IMAGES: (1, small, small, network.low_res_channels)}
         if network.num_classes is not None:
             shapes['y'] = (1,)
         table = {name: jax.ShapeDtypeStruct(s, np.float32) for name, s in shapes.items()}
@@ -54,7 +54,7 @@ def with_small_images(
         else:
             table = {name: place(name, array) for name, array in table.items()}
     rows = tuple((name, array.shape[1:]) for name, array in table.items())
-    count = table['low_res'].shape[0]
+    count = table[SMALL_IMAGES].shape[0]
     return Conditioned(network, rows, count), {**params, TABLE: table}, count
 
 
@@ -76,7 +76,7 @@ def _read(file: Path, network: ADMUNet, side: int) -> dict[str, np.ndarray]:
             f'{where}: images of {images.shape[1]}x{images.shape[2]}, expected at most {side}, '
             f'the side of those that are made of them.'
         )
-    table = {'low_res': images.astype(np.float32) * np.float32(2 / 255) - np.float32(1)}
+    table = {SMALL_IMAGES: images.astype(np.float32) * np.float32(2 / 255) - np.float32(1)}
     if network.num_classes is not None:
         if 'arr_1' not in names:
             raise ValueError(f'{where}: no arr_1, the classes of the images, which it is told.')

@@ -1,8 +1,9 @@
-"""Prompts as rows of a table of conditions, written once, when a text-conditional network is read.
+"""Prompts as rows of a table of conditions, written when a text-conditional network is read.
 
 The text encoders run here and are dropped: the denoiser keeps what they said of every prompt, as a
-class-conditional one keeps the embedding of every class. The last row is the null condition of
-guidance: the negative prompt, or the empty text.
+class-conditional one keeps the embedding of every class. The row after the prompts is the null
+condition of guidance: the negative prompt, or the empty text. For other texts, such as those of
+images to learn from, the encoders are read again.
 """
 
 import functools

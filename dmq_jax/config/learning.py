@@ -79,7 +79,8 @@ class DataConfig:
     # (prior preservation, DreamBooth, arXiv:2208.12242); '': none
     class_path: str = ''
     # of a teacher of texts: what images show that have no text of their own (beside NAME.png in
-    # NAME.txt, or as "text" in metadata.jsonl); '' is the empty text, None: each must have one
+    # NAME.txt, or as "text" in metadata.jsonl); '' is the empty text, None: each must have one.
+    # Without sample.prompts it is also what is drawn
     prompt: str | None = None
     class_prompt: str | None = None  # the same of the class images
     # images of another size than the teacher's: 'crop' scales them until they cover it and keeps

@@ -20,7 +20,8 @@ from dmq_jax.files.images import (
     unreadable,
 )
 
-Fit = Callable[[UInt8[np.ndarray, 'H W C']], UInt8[np.ndarray, 'h w C']]
+# Of one image, or of many of one size.
+Fit = Callable[[UInt8[np.ndarray, '*N H W C']], UInt8[np.ndarray, '*N h w c']]
 
 
 class ImageSet(NamedTuple):
@@ -67,7 +68,7 @@ def load_images(source: str | Path, split: str = 'train', *, fit: Fit | None = N
             f'{split}_labels, a folder of images, or tfds:NAME.'
         )
     found = _from_npz(path, split)
-    return found if fit is None else found._replace(images=np.stack([*map(fit, found.images)]))
+    return found if fit is None else found._replace(images=fit(found.images))
 
 
 def pad_images(
@@ -90,21 +91,27 @@ def pad_images(
     return np.pad(images, [(0, 0)] * (images.ndim - 3) + around + [(0, 0)])
 
 
-def crop_image(
-    image: UInt8[np.ndarray, 'H W C'], size: tuple[int, int]
-) -> UInt8[np.ndarray, 'h w C']:
-    """The image scaled until it just covers `size`, and of that the middle.
+def crop_images(
+    images: UInt8[np.ndarray, '*N H W C'], size: tuple[int, int]
+) -> UInt8[np.ndarray, '*N h w C']:
+    """The images scaled until they just cover `size`, and of that the middle.
 
-    Lanczos, which averages where the image becomes smaller. One of this size stays as it is.
+    Lanczos, which averages where an image becomes smaller. What has this size stays as it is.
 
     Args:
-      image: grey or RGB.
+      images: grey or RGB, one or many.
       size: height and width of the result.
     """
+    if images.shape[-3:-1] == size:
+        return images
+    if images.ndim > 3:
+        return np.stack([crop_images(image, size) for image in images])
+    return _crop(images, size)
+
+
+def _crop(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     from PIL import Image
 
-    if image.shape[:2] == size:
-        return image
     scale = max(wanted / side for wanted, side in zip(size, image.shape[:2], strict=True))
     sides = [round(scale * side) for side in image.shape[:2]]
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
@@ -132,6 +139,8 @@ def _from_npz(path: Path, split: str) -> ImageSet:
         raise ValueError(
             f'{path}: images are {images.dtype} {images.shape}, expected uint8 [N, H, W, C].'
         )
+    if not len(images):
+        raise ValueError(f'{path}: no images in it.')
     if labels is not None and len(labels) != len(images):
         raise ValueError(f'{path}: {len(images)} images but {len(labels)} labels.')
     return ImageSet(images, None if labels is None else labels.astype(np.int32))
@@ -156,9 +165,14 @@ def _from_folder(path: Path, fit: Fit | None) -> ImageSet:
             check_size(file, image, files[0][0], images[0].shape)
         images.append(image)
     labels = np.array([label for _, label in files], np.int32) if classes else None
-    listed = {name: text for group in {path, *groups} for name, text in _metadata(group).items()}
+    listed = {
+        name: text
+        for group in dict.fromkeys([path, *groups])
+        for name, text in _metadata(group).items()
+    }
     captions = tuple(_caption(file, listed) for file, _ in files)
-    return ImageSet(np.stack(images), labels, captions if any(captions) else None)
+    has_any = any(caption is not None for caption in captions)
+    return ImageSet(np.stack(images), labels, captions if has_any else None)
 
 
 def _decode(file: Path) -> UInt8[np.ndarray, 'H W C']:
@@ -177,7 +191,14 @@ def _decode(file: Path) -> UInt8[np.ndarray, 'H W C']:
 
 def _caption(file: Path, listed: Mapping[Path, str]) -> str | None:
     beside = file.with_suffix('.txt')
-    return beside.read_text(encoding='utf-8').strip() if beside.is_file() else listed.get(file)
+    return _text(beside).strip() if beside.is_file() else listed.get(file)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding='utf-8')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{file}: not a text in UTF-8 ({error.reason}).') from error
 
 
 def _metadata(folder: Path) -> dict[Path, str]:
@@ -186,17 +207,22 @@ def _metadata(folder: Path) -> dict[Path, str]:
     if not source.is_file():
         return {}
     found = {}
-    for number, line in enumerate(source.read_text(encoding='utf-8').splitlines(), 1):
+    for number, line in enumerate(_text(source).splitlines(), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
-            found[folder / entry['file_name']] = str(entry['text'])
-        except (ValueError, KeyError, TypeError) as error:
+            file, text = folder / entry['file_name'], entry['text']
+        except (ValueError, KeyError, TypeError):
+            text = None
+        if not isinstance(text, str):
             raise ValueError(
                 f'{source}, line {number}: {line:.60}: expected an object with "file_name" and '
                 f'"text".'
-            ) from error
+            )
+        if not file.is_file():
+            raise ValueError(f'{source}, line {number}: there is no image {file}.')
+        found[file] = text
     return found
 
 

@@ -1,5 +1,7 @@
 """Every parameter of the network is trained: what tuning costs when nothing of it is spared.
 
+What text encoders said of prompts is no parameter of it, though it stands among the teacher's.
+
 With `quant.weight_bits=32` and `activation_bits=32` nothing is rounded, and this is fine-tuning of
 the float teacher itself (as DreamBooth's, arXiv:2208.12242), the costly upper bound that TuneQDM,
 PEQA and QLoRA are measured against. Of a plan with integers the trained kernels are rounded on

@@ -32,7 +32,7 @@ def test_noise_and_a_prompt_become_the_image_that_diffusers_makes_of_them(tmp_pa
     latents = sampling.sample_latents(
         teacher.predict, teacher.info, SCALE, teacher.params, sampler, keys, labels
     )
-    images = sampling.decode(*teacher.decoder, latents)
+    images = sampling.decode(teacher.decoder.network, teacher.decoder.params, latents)
 
     unet = diffusers.UNet2DConditionModel.from_pretrained(folder / 'unet')
     vae = diffusers.AutoencoderKL.from_pretrained(folder / 'vae', variant='fp16')

@@ -87,6 +87,15 @@ def pixart_folder(folder):
     return params
 
 
+def assert_encodes_like_its_table(teacher):
+    """Texts that come later are told as the prompts were, in every input."""
+    rows, table = teacher.encode_prompts(PROMPTS), teacher.params['conditions']
+    assert rows.keys() == table.keys()
+    for name, row in rows.items():
+        assert row.dtype == table[name].dtype
+        np.testing.assert_allclose(row, table[name][: len(PROMPTS)], rtol=1e-5, atol=1e-6)
+
+
 def test_a_folder_of_pixart_of_the_old_class_is_told_sizes_and_captions(tmp_path):
     pixart_folder(tmp_path)
     teacher = load_teacher(tmp_path, prompts=PROMPTS)
@@ -96,6 +105,7 @@ def test_a_folder_of_pixart_of_the_old_class_is_told_sizes_and_captions(tmp_path
     }  # fmt: skip
     assert table['resolution'][0].tolist() == [8, 8]
     assert teacher.info.learned_variance and teacher.info.num_classes == 2
+    assert_encodes_like_its_table(teacher)
     said = last_latents(teacher)
     assert said.shape == (2, 4, 4, 8) and np.isfinite(said).all()
 
@@ -128,6 +138,7 @@ def test_a_folder_of_sdxl_joins_two_encoders_and_may_have_a_null_of_zeros(tmp_pa
     assert not table['context'][2].any() and not table['pooled'][2].any()
     assert table['context'][0].any() and table['sizes'][2].tolist() == [8, 8, 0, 0, 8, 8]
     assert np.isfinite(last_latents(teacher)).all()
+    assert_encodes_like_its_table(teacher)
     negative = load_teacher(tmp_path, prompts=PROMPTS, negative_prompt='cat')
     assert negative.params['conditions']['context'][2].any()
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dmq_jax.files.image_sets import crop_image, load_images, pad_images
+from dmq_jax.files.image_sets import crop_images, load_images, pad_images
 from tests.files.test_images import random_images, write_png
 
 
@@ -43,6 +43,7 @@ def test_grey_images_without_a_channel_axis_get_one(tmp_path):
         ({'x': np.zeros(3)}, r"holds \['x'\]: expected train_images"),
         ({'train_images': np.zeros((2, 4, 4, 3), np.float32)}, 'images are float32'),
         ({'train_images': np.zeros((2, 4), np.uint8)}, r'uint8 \(2, 4\)'),
+        ({'arr_0': np.zeros((0, 4, 4, 3), np.uint8)}, 'bad.npz: no images in it'),
         (
             {'train_images': np.zeros((2, 4, 4, 3), np.uint8), 'train_labels': np.zeros(3, int)},
             '2 images but 3 labels',
@@ -138,29 +139,33 @@ def test_a_crop_is_the_middle_of_what_just_covers_it(channels):
     # Columns of five shades, each four pixels wide: scaled by a quarter they are one pixel.
     shades = np.array([10, 60, 120, 180, 240], np.uint8)
     wide = np.broadcast_to(np.repeat(shades, 4)[None, :, None], (12, 20, channels))
-    cropped = crop_image(wide, (3, 3))
+    cropped = crop_images(wide, (3, 3))
     assert cropped.shape == (3, 3, channels) and cropped.dtype == np.uint8
     # Lanczos rings at edges: by less than a tenth of a step of 60.
     assert np.abs(cropped.astype(int) - shades[1:4][None, :, None]).max() < 6
-    tall = crop_image(np.swapaxes(wide, 0, 1), (3, 3))
+    tall = crop_images(np.swapaxes(wide, 0, 1), (3, 3))
     np.testing.assert_array_equal(tall, np.swapaxes(cropped, 0, 1))
 
 
 def test_a_crop_enlarges_what_is_small_and_leaves_what_fits():
     image = random_images(1, height=4, width=6)[0]
-    assert crop_image(image, (8, 8)).shape == (8, 8, 3)
-    np.testing.assert_array_equal(crop_image(image, (4, 6)), image)
+    assert crop_images(image, (8, 8)).shape == (8, 8, 3)
+    np.testing.assert_array_equal(crop_images(image, (4, 6)), image)
     # The middle of what needs no scaling.
-    np.testing.assert_array_equal(crop_image(image, (4, 4)), image[:, 1:5])
+    np.testing.assert_array_equal(crop_images(image, (4, 4)), image[:, 1:5])
 
 
 def test_images_of_any_size_are_fitted_as_they_are_read(tmp_path):
     for i, side in enumerate((4, 9)):
         write_png(tmp_path / f'{i}.png', random_images(1, height=side, width=7)[0])
-    found = load_images(tmp_path, fit=lambda image: crop_image(image, (5, 5)))
+    found = load_images(tmp_path, fit=lambda image: crop_images(image, (5, 5)))
     assert found.images.shape == (2, 5, 5, 3)
     np.savez(tmp_path / 'set.npz', random_images(3))
-    assert load_images(tmp_path / 'set.npz', fit=lambda i: i[:2]).images.shape == (3, 2, 5, 3)
+    found = load_images(tmp_path / 'set.npz', fit=lambda images: pad_images(images, (5, 6)))
+    assert found.images.shape == (3, 5, 6, 3)
+    many = random_images(3, height=7, width=9)
+    one_by_one = [crop_images(image, (5, 5)) for image in many]
+    np.testing.assert_array_equal(crop_images(many, (5, 5)), one_by_one)
 
 
 def test_a_photograph_is_seen_as_its_camera_was_held(tmp_path):
@@ -198,7 +203,33 @@ def test_texts_of_subfolders_may_stand_in_one_list(tmp_path):
     assert load_images(tmp_path).captions == ('first', 'second')
 
 
-@pytest.mark.parametrize('line', ['{"file_name": "a.png"}', '["a.png", "text"]', 'a.png, a cat'])
+def test_an_empty_text_is_a_text(tmp_path):
+    write_png(tmp_path / 'a.png', random_images(1)[0])
+    (tmp_path / 'a.txt').write_text('')
+    assert load_images(tmp_path).captions == ('',)
+
+
+def test_a_text_in_another_encoding_is_named(tmp_path):
+    write_png(tmp_path / 'a.png', random_images(1)[0])
+    (tmp_path / 'a.txt').write_bytes('café'.encode('latin-1'))
+    with pytest.raises(ValueError, match=r'a.txt: not a text in UTF-8'):
+        load_images(tmp_path)
+
+
+def test_a_text_of_an_image_that_is_not_there_is_named(tmp_path):
+    write_png(tmp_path / 'a.png', random_images(1)[0])
+    (tmp_path / 'metadata.jsonl').write_text('{"file_name": "b.png", "text": "a cat"}')
+    with pytest.raises(ValueError, match=r'line 1: there is no image .*b.png'):
+        load_images(tmp_path)
+
+
+@pytest.mark.parametrize(
+    'line',
+    [
+        '{"file_name": "a.png"}', '["a.png", "text"]', 'a.png, a cat',
+        '{"file_name": "a.png", "text": null}',
+    ],
+)  # fmt: skip
 def test_a_line_that_says_nothing_of_an_image_is_named(tmp_path, line):
     write_png(tmp_path / 'a.png', random_images(1)[0])
     (tmp_path / 'metadata.jsonl').write_text('\n' + line)
