@@ -15,6 +15,6 @@ def get_config():
     config = base()
     config.students = compared(num_iterations=4000, **bits)
     config.students['best_full'] = student(
-        'best', quant=bits | {'coverage': 'full'}, finetune={'num_iterations': 4000}
+        'best', quant=bits | {'coverage': 'full'}, finetune={'num_iterations': 2000}
     )
     return with_sampler(config, eta=1.0)
