@@ -29,7 +29,7 @@ def run(workdir: Path, config: ReportConfig) -> None:
     sections = [
         ('Images', outcome.images_section(found, config)),
         ('Results', outcome.results_section(found)),
-        ('Learning', outcome.loss_section(found)),
+        ('Learning', outcome.learning_section(found)),
         ('Scales over time', quantization.scales_section(found, config)),
         ('Error over time', quantization.error_section(found)),
         ('Sensitive layers', quantization.sensitivity_section(found)),

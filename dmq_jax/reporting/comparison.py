@@ -211,7 +211,7 @@ def _grids(workdir: Path, settings, protocol: Mapping[str, Any], grid_size: int)
         shown = Artefacts(
             config={'config': {'evaluate': protocol}}, metrics={},
             students=methods, images=images,
-            losses={}, exports={}, analyses={}, calibration=None,
+            learning={}, exports={}, analyses={}, calibration=None,
         )  # fmt: skip
         columns_shown = max(2, math.ceil(grid_size / 2))
         grid = images_section(shown, ReportConfig(grid_size=columns_shown))

@@ -19,6 +19,7 @@ from dmq_jax.reporting.results import (
     describe_student,
     find_baseline,
     find_best,
+    stages_of,
 )
 from dmq_jax.reporting.results_table import Line, results_table
 from dmq_jax.reporting.tables import columns, is_known, known_columns, percent
@@ -32,6 +33,7 @@ CLASSES = {
 TITLES = {'fashion_mnist': 'Fashion-MNIST'}
 _PAGE_WIDTH = 950  # CSS pixels, less what the names of the classes take
 _IMAGE_WIDTH = 26  # CSS pixels, the least
+_GAP = 16  # CSS pixels between networks
 
 
 def page_title(found: Artefacts) -> str:
@@ -107,7 +109,7 @@ def images_section(found: Artefacts, config: ReportConfig) -> str:
         return absent('No images yet', 'sample')
     labels = next(iter(found.images.values()))['labels']
     # Fewer columns rather than networks that can only be seen by scrolling.
-    most = max(3, _PAGE_WIDTH // (len(found.images) * _IMAGE_WIDTH))
+    most = max(3, (_PAGE_WIDTH // len(found.images) - _GAP) // _IMAGE_WIDTH)
     names, picked = pick_images(labels, config.grid_size, most, _class_names(found))
     count = min(len(one['arr_0']) for one in found.images.values())
     rows = ''.join(f'<span>{escape(name)}</span>' for name in names)
@@ -192,24 +194,60 @@ def _gap_sentence(rows: Mapping[str, Mapping[str, Any]], students: Sequence[str]
     )
 
 
-def loss_section(found: Artefacts) -> str:
-    """The loss of every fine-tuned student."""
-    learnt = {name: lines for name, lines in found.losses.items() if lines}
-    if not learnt:
-        if any(found.student_config(n)['finetune']['num_iterations'] for n in found.students):
-            return absent('No losses yet', 'finetune')
-        return '<p class="absent">No student of this run is fine-tuned.</p>'
-    series = [
-        found.series(n, points=[(line['step'], line['loss']) for line in lines if 'loss' in line])
-        for n, lines in learnt.items()
-    ]
-    chart = charts.line_chart(series, Axis('optimizer step'), Axis('loss', log=True))
-    return figure(
-        f'<div>{charts.legend(series)}{chart}</div>',
+# What a chart of each stage shows.
+_LEARNING = {
+    'reconstruct': (
+        'Reconstruction, block by block',
+        'Error of a block’s output after it has learnt, as a share of that before, in the order in '
+        'which blocks learn, one pass after another. Above 1 a block was made worse: lower the '
+        'learning rates.',
+    ),
+    'finetune': (
+        'Fine-tuning towards the teacher',
         'Squared distance between the predictions of student and teacher, per image. A curve that '
         'still falls at the end asks for more steps; one that jumps, for lower learning rates.',
-        'beside',
-    )
+    ),
+    'adapt': (
+        'Adaptation to images',
+        'Squared distance between the predicted noise and that which was added to the images, per '
+        'image. It falls less than other losses do: some of the noise no network can tell.',
+    ),
+}
+
+
+def learning_section(found: Artefacts) -> str:
+    """What every stage of learning did, student by student."""
+    stages = {stage for name in found.students for stage in stages_of(found.student_config(name))}
+    if not stages:
+        return '<p class="absent">No student of this run learns anything.</p>'
+    result = ''
+    for stage, (title, text) in _LEARNING.items():
+        lines = {name: rows for name, rows in found.learning.get(stage, {}).items() if rows}
+        if not lines:
+            continue
+        axes = Axis('optimizer step'), Axis('loss', log=True)
+        points = _losses
+        if stage == 'reconstruct':
+            axes = Axis('block'), Axis('error after / before', log=True)
+            points = _shares
+        series = [found.series(name, points=points(rows)) for name, rows in lines.items()]
+        chart = charts.line_chart(series, *axes, title=title)
+        result += figure(f'<div>{charts.legend(series)}{chart}</div>', text, 'beside')
+    return result or absent('No losses yet', 'finetune')
+
+
+def _losses(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    return [(row['step'], row['loss']) for row in rows if 'loss' in row]
+
+
+def _shares(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """The number of each block, and the share of its error that is left."""
+    points = []
+    for row in rows:
+        errors = {name.rpartition('/')[2]: value for name, value in row.items() if '/' in name}
+        if errors.get('before'):
+            points.append((row['step'], errors['after'] / errors['before']))
+    return points
 
 
 def provenance_section(found: Artefacts) -> str:

@@ -14,6 +14,7 @@ from dmq_jax.reporting.charts import Series
 from dmq_jax.runtime import log
 
 TEACHER = 'teacher'
+STAGES = ('reconstruct', 'finetune', 'adapt')  # of learning, each in a folder of that name
 NUM_COLORS = 10  # of style.css
 IMPLEMENTATIONS = 'implementations.json'  # beside the images that a student drew on integers
 METHODS = {
@@ -32,7 +33,7 @@ class Artefacts(NamedTuple):
       metrics: `metrics.json`: 'protocol' and 'rows'.
       students: names in the order shown: calibrated before learnt, then the best last.
       images: {network: {'arr_0', 'labels'}}, the teacher first.
-      losses: {student: lines of metrics.jsonl}.
+      learning: {stage: {student: lines of metrics.jsonl}}, of the stages that left any.
       exports: {student: the packed network}.
       analyses: {student: result of the stage analyse}.
       calibration: statistics of the activations, or None.
@@ -43,7 +44,7 @@ class Artefacts(NamedTuple):
     metrics: dict[str, Any]
     students: list[str]
     images: dict[str, dict[str, np.ndarray]]
-    losses: dict[str, list[dict[str, Any]]]
+    learning: dict[str, dict[str, list[dict[str, Any]]]]
     exports: dict[str, exporting.Exported]
     analyses: dict[str, dict[str, Any]]
     calibration: calibrate.Calibration | None
@@ -76,7 +77,7 @@ def read(workdir: Path) -> Artefacts:
 
     def order(name: str) -> tuple:
         quant = options[name]['quant']
-        learns = options[name]['finetune']['num_iterations'] > 0
+        learns = bool(stages_of(options[name]))
         distance = rows.get(name, {}).get('fd')
         bits = quant['weight_bits'], quant['activation_bits']
         return learns, -bits[0], -bits[1], -(math.inf if distance is None else distance)
@@ -89,10 +90,13 @@ def read(workdir: Path) -> Artefacts:
             with np.load(file) as arrays:
                 images[name] = {part: arrays[part] for part in ('arr_0', 'labels')}
     statistics = workdir / 'calibration' / 'stats.npz'
-    losses = {
-        name: log.read_metrics(folder / 'finetune')
-        for name, folder in folders.items()
-        if (folder / 'finetune' / log.METRICS_FILE).is_file()
+    learning = {
+        stage: {
+            name: log.read_metrics(folder / stage)
+            for name, folder in folders.items()
+            if (folder / stage / log.METRICS_FILE).is_file()
+        }
+        for stage in STAGES
     }
     exports = {
         name: exporting.load(folder / 'export')
@@ -108,12 +112,17 @@ def read(workdir: Path) -> Artefacts:
         metrics=metrics,
         students=students,
         images=images,
-        losses=losses,
+        learning={stage: lines for stage, lines in learning.items() if lines},
         exports=exports,
         analyses={name: analysis for name, analysis in analyses.items() if analysis},
         calibration=calibrate.load(statistics) if statistics.is_file() else None,
         implementations={name: ran for name, ran in implementations.items() if ran},
     )
+
+
+def stages_of(options: Mapping[str, Any]) -> list[str]:
+    """The stages by which a student of these options learns."""
+    return [stage for stage in STAGES if options.get(stage, {}).get('num_iterations')]
 
 
 def describe_student(options: Mapping[str, Any]) -> str:

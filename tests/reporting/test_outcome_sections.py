@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 
@@ -42,3 +44,46 @@ def test_unlabelled_images_fill_a_square():
     names, picked = outcome_sections.pick_images(np.zeros(0, np.int32), 4, 8, None)
     assert names == []
     np.testing.assert_array_equal(picked, np.arange(16).reshape(4, 4))
+
+
+def learning(workdir, iterations, lines):
+    """The section of a run in which one student has these iterations and lines, by stage."""
+    found = results.read(workdir)
+    options = {stage: {'num_iterations': count} for stage, count in iterations.items()}
+    config = {'config': {'students': {'tuned': options, 'plain': {}}}}
+    kept = {stage: {'tuned': rows} for stage, rows in lines.items()}
+    return outcome_sections.learning_section(found._replace(config=config, learning=kept))
+
+
+def test_every_stage_of_learning_has_a_chart_of_its_own(workdir):
+    losses = [{'step': step, 'loss': 1 / step} for step in (1, 2)]
+    blocks = [
+        {'step': 1, 'rounding/before': 8.0, 'rounding/after': 2.0},
+        {'step': 2, 'steps/before': 2.0, 'steps/after': 3.0},
+    ]
+    lines = {'reconstruct': blocks, 'finetune': losses, 'adapt': losses}
+    titles = ('block by block', 'towards the teacher', 'Adaptation to images')
+    for stage, title in zip(lines, titles, strict=True):
+        section = learning(workdir, {stage: 2}, {stage: lines[stage]})
+        assert [title in section for title in titles] == [other == title for other in titles]
+    section = learning(workdir, dict.fromkeys(lines, 2), lines)
+    assert all(title in section for title in titles)
+    assert outcome_sections._shares(blocks) == [(1, 0.25), (2, 1.5)]
+
+
+def test_without_lines_it_says_whether_any_are_to_come(workdir):
+    assert 'learns anything' in learning(workdir, {}, {})
+    assert 'No losses yet' in learning(workdir, {'adapt': 3}, {})
+
+
+def test_students_that_learn_by_any_stage_come_after_those_that_do_not(tmp_path):
+    finished_run.write(tmp_path)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    students = config['config']['students']
+    for stage in ('reconstruct', 'adapt'):
+        # Otherwise the one of the larger distance comes first.
+        students['plain'][stage]['num_iterations'] = 5
+        students['tuned']['finetune']['num_iterations'] = 0
+        (tmp_path / 'config.json').write_text(json.dumps(config))
+        assert results.read(tmp_path).students == ['tuned', 'plain']
+        students['plain'][stage]['num_iterations'] = 0
