@@ -45,6 +45,7 @@ def texts(tmp_path_factory):
 @pytest.fixture(scope='module')
 def classes(tmp_path_factory):
     """A teacher of latents and classes, in one file with an autoencoder that has a codebook."""
+    pytest.importorskip('torch', reason='writes its checkpoint')
     folder = tmp_path_factory.mktemp('classes')
     file = checkpoints.save_torch(
         folder / 'model.ckpt', {'state_dict': checkpoints.cin256_tensors()}
