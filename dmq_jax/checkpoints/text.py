@@ -79,8 +79,8 @@ class Prompted(NamedTuple):
       network: with the table in front.
       params: its parameters, the table among them.
       num_prompts: how many are asked for; the row after theirs is the null condition.
-      encode: other prompts -> rows of such a table, by input; the encoders are read for it. None
-        where nothing but shapes is.
+      encode: other prompts -> rows of such a table, by input; the encoders are read for those that
+        it was not asked for before. None where nothing but shapes is.
     """
 
     network: Conditioned
@@ -120,8 +120,16 @@ def with_prompts(
     conditioned = Conditioned(network, rows, len(texts))
     params = {**params, TABLE: {name: place(name, array) for name, array in table.items()}}
 
+    said: dict[str, dict[str, np.ndarray]] = {}
+
     def encode(texts: Sequence[str]) -> dict[str, jax.Array]:
-        return {n: place(n, array) for n, array in _table(network, find(), texts, size).items()}
+        # Every student asks for the same texts, and an encoder may be larger than the network.
+        if new := [text for text in dict.fromkeys(texts) if text not in said]:
+            found = _table(network, find(), new, size)
+            for i, text in enumerate(new):
+                said[text] = {name: array[i] for name, array in found.items()}
+        names = said[texts[0]]
+        return {name: place(name, np.stack([said[text][name] for text in texts])) for name in names}
 
     return Prompted(conditioned, params, len(prompts), encode)
 

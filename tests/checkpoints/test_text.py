@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from dmq_jax.checkpoints import text
 from dmq_jax.models import (
     autoencoder_weights,
     dit_weights,
@@ -94,6 +95,17 @@ def assert_encodes_like_its_table(teacher):
     for name, row in rows.items():
         assert row.dtype == table[name].dtype
         np.testing.assert_allclose(row, table[name][: len(PROMPTS)], rtol=1e-5, atol=1e-6)
+
+
+def test_a_text_is_encoded_once_however_often_it_is_asked_for(tmp_path, monkeypatch):
+    sdxl_folder(tmp_path)
+    teacher = load_teacher(tmp_path, prompts=PROMPTS)
+    first = teacher.encode_prompts(['cat', 'a', 'cat'])
+    assert all((row[0] == row[2]).all() for row in first.values())
+    monkeypatch.setattr(text, '_table', None)
+    again = teacher.encode_prompts(['a', 'cat'])
+    for name, row in again.items():
+        np.testing.assert_array_equal(row, first[name][1:])
 
 
 def test_a_folder_of_pixart_of_the_old_class_is_told_sizes_and_captions(tmp_path):
