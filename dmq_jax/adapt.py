@@ -252,7 +252,7 @@ def run(
     )
     constants = make_constants(teacher, method, state, plan)
     constants = mesh.shard_weights(device_mesh, constants)
-    sets = mesh.replicate(device_mesh, [*map(tuple, sets)])
+    sets = mesh.replicate(device_mesh, list(sets))
 
     def start() -> TrainState:
         return TrainState(state, optimizer.init(state), jnp.zeros((), jnp.int32))

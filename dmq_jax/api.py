@@ -83,18 +83,7 @@ def quantize(
         {'reconstruct': reconstruct_options, 'finetune': finetune_options, 'adapt': adapt_options},
     )  # fmt: skip
     calibrate = config_lib.from_config_dict(calibrate_options or {}, config_lib.CalibrateConfig)
-    if data_options is not None and not (student.adapt.num_iterations or num_iterations == 0):
-        raise ValueError(
-            f'data_options={data_options}: the method {method!r} learns from no images; leave them '
-            f'out.'
-        )
-    data = config_lib.from_config_dict(data_options or {}, config_lib.DataConfig)
-    if student.adapt.num_iterations and not data.path:
-        raise ValueError(
-            f'data_options={data_options}: the method {method!r} learns from images; add '
-            f"'path': a file, a folder, 'tfds:NAME', or 'teacher' for images that the teacher "
-            f'draws. num_iterations=0 leaves the stage out.'
-        )
+    data = _data(method, student, num_iterations, data_options)
     config = config_lib.Config(
         seed=seed, sampler=calibrate.sampler, calibrate=calibrate, data=data,
         students={method: student},
@@ -104,6 +93,28 @@ def quantize(
         context = learning.make_run(config, folder, teacher, device_mesh=mesh.make_mesh(1))
         with artefacts.sole_user(folder):
             return learning.pack(context, method)[0]
+
+
+def _data(
+    method: str,
+    student: config_lib.StudentConfig,
+    num_iterations: int | None,
+    given: Mapping[str, Any] | None,
+) -> config_lib.DataConfig:
+    """The images that the arguments of `quantize` describe, for a student that needs them."""
+    adapts = student.adapt.num_iterations > 0
+    if given is not None and not (adapts or num_iterations == 0):
+        raise ValueError(
+            f'data_options={given}: the method {method!r} learns from no images; leave them out.'
+        )
+    data = config_lib.from_config_dict(given or {}, config_lib.DataConfig)
+    if adapts and not data.path:
+        raise ValueError(
+            f'data_options={given}: the method {method!r} learns from images; add '
+            f"'path': a file, a folder, 'tfds:NAME', or 'teacher' for images that the teacher "
+            f'draws. num_iterations=0 leaves the stage out.'
+        )
+    return data
 
 
 def _student(

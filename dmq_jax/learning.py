@@ -54,6 +54,8 @@ class Run(NamedTuple):
     teacher_id: str
     # What students adapt to, by option of `config.data`; None: the teacher draws them.
     images: dict[str, data.Images | None]
+    # What these are or depend on, by the same options; found once, since many artefacts name it.
+    image_ids: dict[str, Any]
 
     def key(self, stage: str) -> jax.Array:
         """The root key of a stage."""
@@ -90,8 +92,9 @@ def make_run(
     images = {}
     if any(student.adapt.num_iterations for student in config.students.values()):
         images = {name: data.load(teacher, config.data, name) for name in data.names(config.data)}
-    return Run(config, workdir, teacher, layers, plans, device_mesh,
-               teacher_id(teacher, device_mesh), images)  # fmt: skip
+    named = teacher_id(teacher, device_mesh)
+    image_ids = {name: image_id(found, name, config, named) for name, found in images.items()}
+    return Run(config, workdir, teacher, layers, plans, device_mesh, named, images, image_ids)
 
 
 def teacher_id(teacher: denoisers.Denoiser, device_mesh: mesh.Mesh) -> str:
@@ -103,6 +106,23 @@ def teacher_id(teacher: denoisers.Denoiser, device_mesh: mesh.Mesh) -> str:
         params |= {f'decoder/{name}': leaf for name, leaf in decoder.items()}
         settings.append(denoisers.network_settings(teacher.decoder.network))
     return artefacts.digest(params, settings, fetch=functools.partial(mesh.fetch, device_mesh))
+
+
+def image_id(images: data.Images | None, name: str, config: Config, named: str) -> Any:
+    """Names images by what they are, since files change; or those that are drawn by all it takes.
+
+    Args:
+      images: of an option of `config.data`; None: the teacher draws them.
+      name: of that option, 'path' or 'class_path'.
+      config: of the run.
+      named: the teacher, from `teacher_id`.
+    """
+    if images is not None:
+        return artefacts.digest(*data.described(images))
+    text = data.prompt(config.data, name)
+    return {'teacher': named, 'sampler': config_lib.to_dict(config.sampler), 'seed': config.seed,
+            'num_images': config.data.num_images,
+            **({} if text is None else {'prompt': text})}  # fmt: skip
 
 
 def calibration(context: Run) -> calibrate.Calibration:
@@ -157,8 +177,7 @@ def make_method(context: Run, name: str) -> methods.Method:
 
 def learns(student: StudentConfig) -> bool:
     """Whether anything is learnt beyond calibration."""
-    stages = student.reconstruct, student.finetune, student.adapt
-    return any(stage.num_iterations for stage in stages)
+    return any(getattr(student, stage).num_iterations for stage in config_lib.LEARNING_STAGES)
 
 
 class Learnt(NamedTuple):
@@ -275,24 +294,12 @@ def images_of(context: Run, name: str) -> data.Images:
 
     pixels = artefacts.artefact(
         folder,
-        image_options(context, name),
+        context.image_ids[name],
         make=make,
         save=lambda path, drawn: np.savez_compressed(path / 'images.npz', arr_0=drawn),
         load=load,
     )
     return data.Images(pixels, conditions)
-
-
-def image_options(context: Run, name: str) -> Any:
-    """What the images of an option of `config.data` depend on, or the name of what they are."""
-    images, config = context.images[name], context.config
-    if images is not None:  # files behind a path may change
-        return artefacts.digest(*data.described(images))
-    text = data.prompt(config.data, name)
-    sampler = config_lib.to_dict(config.sampler)
-    return {'teacher': context.teacher_id, 'sampler': sampler, 'seed': config.seed,
-            'num_images': config.data.num_images,
-            **({} if text is None else {'prompt': text})}  # fmt: skip
 
 
 def student_options(context: Run, student: StudentConfig) -> dict[str, Any]:
@@ -303,9 +310,7 @@ def student_options(context: Run, student: StudentConfig) -> dict[str, Any]:
     for name in ('checkpoint_every', 'log_every', 'remat'):
         del options['adapt'][name]
     del options['title']
-    images = {}
-    if student.adapt.num_iterations:
-        images = {name: image_options(context, name) for name in context.images}
+    images = context.image_ids if student.adapt.num_iterations else {}
     if len(images) < 2:
         del options['adapt']['prior_weight']
     return {

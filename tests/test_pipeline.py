@@ -1,7 +1,6 @@
 """The whole story on a tiny teacher: what every stage leaves, and that it survives being killed."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from dmq_jax import config as config_lib
 from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.runtime import hosts, log
 from tests import tiny
+from tests.test_configs import load
 
 ROOT = Path(__file__).parents[1]
 NUM_IMAGES = 12
@@ -78,10 +78,7 @@ def make_files(folder):
 
 def read_config(file, **changes):
     """The run that a config file describes, with options like `sampler__eta` changed."""
-    spec = importlib.util.spec_from_file_location('run', file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = load(file).get_config()
     for name, value in changes.items():
         config.update_from_flattened_dict({name.replace('__', '.'): value})
     return config_lib.from_config_dict(config)

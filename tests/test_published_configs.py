@@ -1,4 +1,3 @@
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from tests.checkpoints.journey import (
     losses_of_the_first_batch,
     recorded_finetuning,
 )
+from tests.test_configs import load
 
 FILES = [
     Path(__file__).parents[1] / f'configs/{name}.py'
@@ -27,16 +27,9 @@ FILES = [
 ]  # fmt: skip
 
 
-def read(file):
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
 def test_a_published_protocol_is_a_run_whose_samplers_exist(file):
-    module = read(file)
+    module = load(file)
     assert f'--config=configs/{file.name}' in module.__doc__
     assert 'Protocol' in module.__doc__ and 'loat' in module.__doc__
     config = from_config_dict(module.get_config())
@@ -58,7 +51,7 @@ def test_a_published_protocol_is_a_run_whose_samplers_exist(file):
 
 
 def test_a_checkpoint_that_is_not_there_is_named_by_its_option():
-    config = from_config_dict(read(FILES[0]).get_config())
+    config = from_config_dict(load(FILES[0]).get_config())
     with pytest.raises(FileNotFoundError, match='teacher.path=.*ddim_cifar10.ckpt'):
         load_teacher(config.teacher.path)
 
@@ -119,7 +112,7 @@ def small_run(file, folder):
     """The run of a config file at W4A8, its teacher and every number of it tiny."""
     teacher = folder / 'teacher'
     teacher.mkdir()
-    config = read(file).get_config('w4a8')
+    config = load(file).get_config('w4a8')
     config.teacher.update(TEACHERS[file.stem](teacher))
     config.mesh.data = 1
     student = config.students['w4a8']

@@ -43,6 +43,7 @@ from dmq_jax.config.recipes import (
     with_sampler,
 )
 from dmq_jax.config.run import (
+    LEARNING_STAGES,
     Config,
     EvaluateConfig,
     MeshConfig,
@@ -72,6 +73,7 @@ __all__ = [
     'FLOAT_BITS',
     'FinetuneConfig',
     'FullFinetuningConfig',
+    'LEARNING_STAGES',
     'LEARNS_BY',
     'LSQConfig',
     'MeshConfig',

@@ -9,6 +9,9 @@ from dmq_jax.config.learning import AdaptConfig, DataConfig, FinetuneConfig, Rec
 from dmq_jax.config.methods import FullFinetuningConfig, MethodConfig, RoundToNearestConfig, why_not
 from dmq_jax.config.quantization import QuantConfig
 
+# By which a student learns, in this order: fields of its options, and folders of a run.
+LEARNING_STAGES = ('reconstruct', 'finetune', 'adapt')
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudentConfig:
@@ -22,7 +25,7 @@ class StudentConfig:
     title: str = ''  # in the table of a comparison; '': what the method is called
 
     def __post_init__(self):
-        for name in ('reconstruct', 'finetune', 'adapt'):
+        for name in LEARNING_STAGES:
             num_iterations, lack = getattr(self, name).num_iterations, why_not(name, self.method)
             check(
                 num_iterations == 0 or lack is None,

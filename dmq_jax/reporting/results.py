@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dmq_jax import calibrate, exporting
-from dmq_jax.config import FLOAT_BITS
+from dmq_jax.config import FLOAT_BITS, LEARNING_STAGES
 from dmq_jax.reporting.charts import Series
 from dmq_jax.runtime import log
 
 TEACHER = 'teacher'
-STAGES = ('reconstruct', 'finetune', 'adapt')  # of learning, each in a folder of that name
 NUM_COLORS = 10  # of style.css
 IMPLEMENTATIONS = 'implementations.json'  # beside the images that a student drew on integers
 METHODS = {
@@ -96,7 +95,7 @@ def read(workdir: Path) -> Artefacts:
             for name, folder in folders.items()
             if (folder / stage / log.METRICS_FILE).is_file()
         }
-        for stage in STAGES
+        for stage in LEARNING_STAGES
     }
     exports = {
         name: exporting.load(folder / 'export')
@@ -122,7 +121,7 @@ def read(workdir: Path) -> Artefacts:
 
 def stages_of(options: Mapping[str, Any]) -> list[str]:
     """The stages by which a student of these options learns."""
-    return [stage for stage in STAGES if options.get(stage, {}).get('num_iterations')]
+    return [stage for stage in LEARNING_STAGES if options.get(stage, {}).get('num_iterations')]
 
 
 def describe_student(options: Mapping[str, Any]) -> str:
