@@ -1,6 +1,7 @@
 """The distillation loop: its laws on a tiny network, and that devices and kills do not matter."""
 
 import re
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,51 +10,40 @@ import pytest
 
 from dmq_jax import denoisers, finetune, methods
 from dmq_jax.config import EfficientDMConfig, FinetuneConfig, QuantConfig, SamplerConfig
-from dmq_jax.diffusion.schedule import Schedule
 from dmq_jax.methods.base import Decay
-from dmq_jax.models.ddpm_unet import DDPMUNet
 from dmq_jax.quant.observers import TensorStats
 from dmq_jax.quant.plan import INPUT_ROLES
 from dmq_jax.runtime import hosts, log, mesh, programs
-from tests import tiny
+from tests import tiny_conditional
+from tests.tiny_conditional import INFO
 
 # Devices sum their parts of the batch in another order.
 TOLERANCE = 1e-5
 NUM_STEPS = 4
 TIMESTEPS = np.array([75, 50, 25, 0], np.int32)  # of the tables
-NETWORK = DDPMUNet(
-    channels=(8,), in_channels=1, layers_per_block=1, num_groups=2, down_attention=(False,),
-    mid_attention=False, num_class_embeds=3,
-)  # fmt: skip
-INFO = denoisers.DenoiserInfo(
-    schedule=Schedule(kind='linear', num_train_timesteps=100, beta_start=1e-3, beta_end=0.1),
-    prediction='eps',
-    image_shape=(4, 4, 1),
-    num_classes=3,
-)
 KEY_SEED = 7
-# Of each kind of layer one or two: what is compiled for all is three times as much.
-LAYERS = (
-    'time_embed/dense_0', 'conv_in', 'down_0/block_0/conv1', 'down_0/block_0/time_proj',
-    'down_0/block_0/conv2', 'up_0/block_1/conv1', 'conv_out',
-)  # fmt: skip
 
 
 def make_config(**options):
+    """Of the same steps for all tests, where these do not matter: one program serves them."""
     defaults = dict(
-        num_iterations=6, batch_size=8, sampler=SamplerConfig(num_steps=NUM_STEPS, eta=1.0),
-        log_every=1, checkpoint_every=2,
+        num_iterations=24 * NUM_STEPS, batch_size=8,
+        sampler=SamplerConfig(num_steps=NUM_STEPS, eta=1.0), log_every=1, checkpoint_every=1000,
     )  # fmt: skip
     return FinetuneConfig(**{**defaults, **options})
 
 
-def make_problem():
+def make_brief_config():
+    return make_config(num_iterations=6, checkpoint_every=2)
+
+
+@pytest.fixture(scope='module')
+def problem():
     """(teacher, method, state, plan): 4 bits, ranges made up but wide enough."""
-    teacher = tiny.random_denoiser(NETWORK, INFO, tiny.like_initial)
+    teacher = tiny_conditional.teacher()
     layers = denoisers.quantizable(teacher)
     quant = QuantConfig(weight_observer='minmax', activation_observer='minmax')
     plan = denoisers.make_plan(layers, quant)
-    plan = {path: plan[path] for path in LAYERS}
     low, high = np.full(NUM_STEPS, -2, np.float32), np.full(NUM_STEPS, 3, np.float32)
     seen = TensorStats(low, high, np.stack([low, high], axis=-1))
     stats = {path: dict.fromkeys(INPUT_ROLES[layers[path].kind], seen) for path in plan}
@@ -62,22 +52,58 @@ def make_problem():
     return teacher, method, state, plan
 
 
-@pytest.fixture(scope='module')
-def problem():
-    return make_problem()
+class Start(NamedTuple):
+    """A step, and what its programs take."""
+
+    step: finetune.TrainStep
+    train: finetune.TrainState
+    params: Any
+    sampler: Any
+    key: Any
+
+    def jitted(self):
+        """Compiled at the first call."""
+        return self._replace(step=self.step.jitted())
+
+    def compiled(self):
+        """Compiled: two programs that take nothing but what lies as these arguments do."""
+        return self._replace(
+            step=self.step.compiled(self.train, self.params, self.sampler, self.key)
+        )
+
+    def loss_and_gradients(self):
+        (value, _), slopes = self.step.gradients(self.train, self.params, self.sampler)
+        return float(value), jax.device_get(slopes)
 
 
-def make_step(problem, config):
-    """(compiled step, its first train state, sampler), on the default device."""
+def make_start(problem, config, *sizes):
+    """The step, not yet compiled, and its first train state on such a mesh."""
     teacher, method, state, plan = problem
+    device_mesh, key = mesh.make_mesh(*sizes), jax.random.key(KEY_SEED)
     sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
     optimizer = method.optimizer(state, Decay(config.num_iterations, config.schedule))
     loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', config)
-    step = finetune.make_train_step(teacher, loss, optimizer, config, has_integers=True)
-    key = jax.random.key(KEY_SEED)
+    step = finetune.make_train_step(
+        teacher, loss, optimizer, config, device_mesh, has_integers=True
+    )
     train = finetune.start_state(teacher, sampler, config, optimizer, state, teacher.params, key)
-    train = programs.copied(train)
-    return step.jitted(), train, sampler
+    placement = mesh.shardings(device_mesh, train, finetune.SHARDING_RULES)
+    train = programs.copied(mesh.place(train, placement))
+    # Everything is on the device then; only reading results out is a transfer.
+    sampler = jax.tree.map(jnp.asarray, sampler)
+    return Start(step, train, mesh.shard_weights(device_mesh, teacher.params), sampler, key)
+
+
+@pytest.fixture(scope='module')
+def alone(problem):
+    """The step on one device."""
+    return make_start(problem, make_config(), 1).compiled()
+
+
+@pytest.fixture(scope='module')
+def reference(alone):
+    """(loss, gradients) of one device, each image at a timestep of its own."""
+    return alone.loss_and_gradients()
 
 
 def run(problem, config, workdir, *, data=1, fsdp=1):
@@ -89,59 +115,73 @@ def run(problem, config, workdir, *, data=1, fsdp=1):
     )  # fmt: skip
 
 
+def counted_run(problem, workdir):
+    """(result, how often positions were drawn) of a run."""
+    drawn, original = [], finetune.start_positions
+
+    def counted(*inputs):
+        jax.debug.callback(lambda: drawn.append(None))  # runs when the program does
+        return original(*inputs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, 'start_positions', counted)
+        result = run(problem, make_config(), workdir)
+        jax.effects_barrier()
+    return result, len(drawn)
+
+
+class Finished(NamedTuple):
+    workdir: Any
+    num_drawn: int
+
+
+@pytest.fixture(scope='module')
+def finished(problem, tmp_path_factory):
+    """A run to the end, on one device."""
+    workdir = tmp_path_factory.mktemp('finished')
+    return Finished(workdir, counted_run(problem, workdir)[1])
+
+
 def norm(tree):
     return np.sqrt(sum(np.sum(np.asarray(a, np.float64) ** 2) for a in jax.tree.leaves(tree)))
 
 
-def test_loss_and_gradients_are_the_same_on_one_and_on_eight_devices(problem):
-    teacher, method, state, plan = problem
-    loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', make_config())
-    rng = np.random.default_rng(3)
-    x = rng.standard_normal((8, *INFO.image_shape)).astype(np.float32)
-    t, y = np.arange(8, dtype=np.int32) * 12, np.arange(8, dtype=np.int32) % 3
-    gain = np.linspace(0.5, 2.0, 8, dtype=np.float32)
-    results = []
-    for data in (1, 8):
-        device_mesh = mesh.make_mesh(data)
-        replicated = mesh.replicate(device_mesh, (state, teacher.params))
-        batch = mesh.shard_batch(device_mesh, (x, t, y, gain))
-        (value, _), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(*replicated, *batch)
-        results.append((float(value), jax.device_get(gradients)))
-    (one, gradients_one), (eight, gradients_eight) = results
-    assert abs(one - eight) < TOLERANCE * abs(one)
-    gap = norm(jax.tree.map(np.subtract, gradients_eight, gradients_one)) / norm(gradients_one)
-    assert norm(gradients_one) > 0
+def assert_alike(found, wanted):
+    """Of two pairs (loss, gradients)."""
+    assert norm(wanted[1]) > 0
+    assert abs(found[0] - wanted[0]) < TOLERANCE * abs(wanted[0])
+    gap = norm(jax.tree.map(np.subtract, found[1], wanted[1])) / norm(wanted[1])
     assert gap < TOLERANCE, f'{gap:.1e}'
 
 
-@pytest.mark.parametrize('leader', ['teacher', 'student'])
-def test_the_trajectory_is_led_by_the_predictions_of_whom_it_is_drawn_by(problem, leader):
+def test_the_trajectory_is_led_by_the_predictions_of_whom_it_is_drawn_by(problem):
     teacher, method, state, plan = problem
-    config = make_config(drawn_by=leader)
-    loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', config)
     x = np.random.default_rng(3).standard_normal((2, *INFO.image_shape)).astype(np.float32)
     inputs = x, np.asarray([12, 24], np.int32), np.asarray([0, 1], np.int32)
-    _, prediction = loss(state, teacher.params, *inputs, np.ones(2, np.float32))
-    bound = method.bind(teacher.params, state)
-    student = denoisers.fake_student(teacher, plan, bound, TIMESTEPS, 'nearest')
-    said = {name: d.predict(d.params, *inputs) for name, d in
-            {'teacher': teacher, 'student': student}.items()}  # fmt: skip
-    other = said['student' if leader == 'teacher' else 'teacher']
-    assert norm(prediction - said[leader]) < TOLERANCE * norm(said[leader])
-    assert norm(prediction - other) > 10 * TOLERANCE * norm(other)
+
+    @jax.jit
+    def predictions(state, params):
+        led = {}
+        for leader in ('teacher', 'student'):
+            config = make_config(drawn_by=leader)
+            loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', config)
+            led[leader] = loss(state, params, *inputs, np.ones(2, np.float32))[1]
+        bound = method.bind(params, state)
+        student = denoisers.fake_student(teacher, plan, bound, TIMESTEPS, 'nearest')
+        return led, {
+            'teacher': teacher.predict(params, *inputs),
+            'student': student.predict(student.params, *inputs),
+        }
+
+    led, said = jax.device_get(predictions(state, teacher.params))
+    for leader, other in ('teacher', 'student'), ('student', 'teacher'):
+        assert norm(led[leader] - said[leader]) < TOLERANCE * norm(said[leader])
+        assert norm(led[leader] - said[other]) > 10 * TOLERANCE * norm(said[other])
 
 
-def test_gradients_do_not_depend_on_recomputing_activations(problem):
-    teacher, method, state, plan = problem
-    inputs = jnp.ones((2, *INFO.image_shape)), jnp.asarray(50), jnp.array([0, 2]), jnp.ones(())
-    results = []
-    for remat in (False, True):
-        config = make_config(remat=remat)
-        loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', config)
-        gradient = jax.jit(jax.grad(loss, has_aux=True))
-        results.append(gradient(state, teacher.params, *inputs)[0])
-    gap = norm(jax.tree.map(jnp.subtract, *results)) / norm(results[0])
-    assert gap < TOLERANCE, f'{gap:.1e}'
+def test_gradients_do_not_depend_on_recomputing_activations(problem, reference):
+    again = make_start(problem, make_config(remat=True), 1).jitted()
+    assert_alike(again.loss_and_gradients(), reference)
 
 
 def test_predictions_are_weighed_by_where_they_take_the_sampler(problem):
@@ -167,37 +207,32 @@ def test_predictions_are_weighed_by_where_they_take_the_sampler(problem):
 
 
 @pytest.mark.parametrize('positions', ['trajectory', 'staggered'])
-def test_one_program_visits_the_right_timesteps_and_starts_anew(problem, positions):
+def test_one_program_visits_the_right_timesteps_and_starts_anew(problem, alone, positions):
     config = make_config(positions=positions)
-    step, train, sampler = make_step(problem, config)
-    params, key = problem[0].params, jax.random.key(KEY_SEED)
-    timesteps = np.asarray(sampler.timesteps)
+    start = alone if config == make_config() else make_start(problem, config, 1).compiled()
+    step, train = start.step, programs.copied(start.train)
+    timesteps = np.asarray(start.sampler.timesteps)
     slots = np.arange(config.batch_size)
-    start = np.zeros(8, int) if positions == 'trajectory' else slots * NUM_STEPS // 8
+    first = np.zeros(8, int) if positions == 'trajectory' else slots * NUM_STEPS // 8
     first_noise = np.asarray(train.positions.carry.x)
-    # Everything is on the device already; only reading results out is a transfer.
-    sampler = jax.tree.map(jnp.asarray, sampler)
     for i in range(NUM_STEPS + 1):
         index = np.asarray(train.positions.index)
-        np.testing.assert_array_equal(index, (start + i) % NUM_STEPS)
+        np.testing.assert_array_equal(index, (first + i) % NUM_STEPS)
         assert set(timesteps[index]) <= set(timesteps)
-        np.testing.assert_array_equal(train.positions.round, (start + i) // NUM_STEPS)
+        np.testing.assert_array_equal(train.positions.round, (first + i) // NUM_STEPS)
+        # Programs that are compiled already take no train state of other shapes or types.
         with jax.transfer_guard('disallow'):
-            train, _ = step(train, params, sampler, key)
-    assert [program._cache_size() for program in (step.gradients, step.update)] == [1, 1]
+            train, _ = step(train, start.params, start.sampler, start.key)
     assert int(train.step) == NUM_STEPS + 1
     assert np.isfinite(np.asarray(train.positions.carry.x)).all()
     assert not np.any(np.all(np.asarray(train.positions.carry.x) == first_noise, axis=(1, 2, 3)))
 
 
-def test_a_finished_trajectory_starts_from_new_noise_and_a_class_of_its_own(problem):
-    teacher = problem[0]
-    config = make_config()
-    sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
-    key = jax.random.key(KEY_SEED)
-    start = finetune.start_positions(teacher, sampler, config, teacher.params, key)
-    last = start._replace(index=jnp.full((8,), NUM_STEPS - 1).at[0].set(0))
-    after = finetune.advance(last, jnp.zeros_like(start.carry.x), sampler, INFO, key)
+def test_a_finished_trajectory_starts_from_new_noise_and_a_class_of_its_own(alone):
+    start, advance = alone.train.positions, jax.jit(finetune.advance, static_argnums=3)
+    index = np.array([0] + [NUM_STEPS - 1] * 7, np.int32)
+    silence = np.zeros(start.carry.x.shape, np.float32)
+    after = advance(start._replace(index=index), silence, alone.sampler, INFO, alone.key)
     np.testing.assert_array_equal(after.index, [1] + [0] * 7)
     np.testing.assert_array_equal(after.round, [0] + [1] * 7)
     assert int(after.labels[0]) == int(start.labels[0])
@@ -211,7 +246,7 @@ def test_a_finished_trajectory_starts_from_new_noise_and_a_class_of_its_own(prob
 
 @pytest.mark.slow  # test_pipeline kills a whole run and compares its metrics
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits(problem, tmp_path, monkeypatch):
-    config = make_config()
+    config = make_brief_config()
     whole = run(problem, config, tmp_path / 'whole')
 
     class Stopped(Exception):
@@ -236,36 +271,24 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bits(problem, tmp_path, monk
     assert [line['step'] for line in log.read_metrics(tmp_path / 'parts')] == list(range(1, 7))
 
 
-def test_start_positions_are_drawn_once_and_not_again_by_a_restart(problem, tmp_path, monkeypatch):
-    drawn, original = [], finetune.start_positions
-
-    def counted(*inputs):
-        jax.debug.callback(lambda: drawn.append(None))  # runs when the program does
-        return original(*inputs)
-
-    monkeypatch.setattr(finetune, 'start_positions', counted)
-    run(problem, make_config(num_iterations=2), tmp_path)
-    jax.effects_barrier()
-    assert len(drawn) == 1
-    again = run(problem, make_config(num_iterations=2), tmp_path)
-    jax.effects_barrier()
-    assert len(drawn) == 1
+def test_start_positions_are_drawn_once_and_not_again_by_a_restart(problem, finished):
+    assert finished.num_drawn == 1
+    again, num_drawn = counted_run(problem, finished.workdir)
+    assert num_drawn == 0
     assert again.duration_s > 0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(problem, tmp_path):
     teacher, method, state, plan = problem
-    broken = method._replace(loss=lambda student, target: jnp.sum(student.output) * jnp.nan)
+    broken = {**state, 'affine': jax.tree.map(lambda a: a * np.nan, state['affine'])}
     with pytest.raises(FloatingPointError, match='loss is nan at step 1'):
-        run((teacher, broken, state, plan), make_config(), tmp_path)
+        run((teacher, method, broken, plan), make_config(), tmp_path)
 
 
-def test_the_loss_falls(problem, tmp_path):
-    config = make_config(num_iterations=24 * NUM_STEPS, checkpoint_every=1000)
-    run(problem, config, tmp_path)
-    losses = [line['loss'] for line in log.read_metrics(tmp_path)]
+def test_the_loss_falls(finished):
+    losses = [line['loss'] for line in log.read_metrics(finished.workdir)]
     # Whole trajectories, since the loss differs between timesteps; enough of them that the noise of
-    # a batch does not decide (seen: 0.74).
+    # a batch does not decide (seen: 0.80).
     assert np.mean(losses[-8 * NUM_STEPS :]) < 0.9 * np.mean(losses[: 4 * NUM_STEPS])
 
 
@@ -296,7 +319,7 @@ def test_a_saved_state_loads_as_it_was_and_only_into_its_own_method(problem, tmp
 def test_a_run_that_is_asked_to_stop_goes_on_elsewhere_with_the_same_losses(
     problem, tmp_path, monkeypatch
 ):
-    config = make_config(checkpoint_every=4)
+    config = make_config(num_iterations=6, checkpoint_every=4)
     run(problem, config, tmp_path / 'undisturbed', data=8)
     answers = iter([False, False, True])
     with monkeypatch.context() as patch:
@@ -330,24 +353,6 @@ def collectives(compiled):
     return found
 
 
-def compile_step(problem, **sizes):
-    """(compiled step, train state, weights) on a mesh of these sizes."""
-    teacher, method, state, plan = problem
-    config, device_mesh = make_config(), mesh.make_mesh(**sizes)
-    sampler = denoisers.make_denoiser_sampler(teacher, config.sampler)
-    optimizer = method.optimizer(state, Decay(config.num_iterations, config.schedule))
-    loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', config)
-    step = finetune.make_train_step(
-        teacher, loss, optimizer, config, device_mesh, has_integers=True
-    )
-    key = jax.random.key(KEY_SEED)
-    positions = finetune.start_positions(teacher, sampler, config, teacher.params, key)
-    train = finetune.TrainState(state, optimizer.init(state), positions, jnp.zeros((), jnp.int32))
-    train = mesh.place(train, mesh.shardings(device_mesh, train, finetune.SHARDING_RULES))
-    params = mesh.shard_weights(device_mesh, teacher.params)
-    return step.compiled(train, params, sampler, key), train, params
-
-
 def size_in_bytes(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
@@ -359,12 +364,18 @@ def local_bytes(tree):
 @pytest.fixture(scope='module')
 def batch_split(problem):
     """The step on four devices that split the batch alone."""
-    return compile_step(problem, data=4)
+    return make_start(problem, make_config(), 4).compiled()
+
+
+@pytest.fixture(scope='module')
+def weights_split(problem):
+    """The step on four devices that split weights, state and the batch."""
+    return make_start(problem, make_config(), 1, 4).compiled()
 
 
 def test_devices_that_split_the_batch_tell_one_another_gradients_and_nothing_else(batch_split):
-    compiled, train, params = batch_split
-    found = collectives(compiled)
+    found = collectives(batch_split.step)
+    train, params = batch_split.train, batch_split.params
     assert {kind for kind, _ in found} == {'all-reduce'}
     # Gradients of the state once, those of low-rank updates as the kernels' that they come from;
     # besides them the loss.
@@ -372,50 +383,37 @@ def test_devices_that_split_the_batch_tell_one_another_gradients_and_nothing_els
     assert sum(size for _, size in found) <= most
 
 
-def test_fsdp_divides_weights_and_optimizer_state_and_gathers_only_them(problem, batch_split):
-    whole, _, params = batch_split
-    split, split_train, split_params = compile_step(problem, data=1, fsdp=4)
+def test_fsdp_divides_weights_and_optimizer_state_and_gathers_only_them(batch_split, weights_split):
+    split_params, split_train = weights_split.params, weights_split.train
     weights, state, optimizer = (
         size_in_bytes(tree) - local_bytes(tree)
         for tree in (split_params, split_train.state, split_train.optimizer)
     )
-    assert local_bytes(split_params) < 0.5 * local_bytes(params)
+    assert local_bytes(split_params) < 0.5 * local_bytes(batch_split.params)
     # What XLA takes for a step falls by what each device no longer holds; gradients lie as the
     # state does.
     for name, saved in ('gradients', weights + state), ('update', 2 * state + optimizer):
         sizes = [
-            getattr(step, name).memory_analysis().argument_size_in_bytes for step in (whole, split)
+            getattr(start.step, name).memory_analysis().argument_size_in_bytes
+            for start in (batch_split, weights_split)
         ]
         assert sizes[0] - sizes[1] == pytest.approx(saved, rel=0.05), name
-    gathered = [size for kind, size in collectives(split) if kind == 'all-gather']
+    found = collectives(weights_split.step)
+    gathered = [size for kind, size in found if kind == 'all-gather']
     can_be = size_in_bytes(split_params) + size_in_bytes(split_train.state)
     # Teacher and student use the same gathered weights: no weight travels twice.
     assert 0 < sum(gathered) <= can_be
-    others = {kind for kind, _ in collectives(split)} - {'all-gather', 'all-reduce'}
+    others = {kind for kind, _ in found} - {'all-gather', 'all-reduce'}
     assert others <= {'reduce-scatter'}, others
 
 
+@pytest.mark.parametrize('how', ['batch_split', 'weights_split'])
+def test_loss_and_gradients_are_the_same_on_one_and_on_four_devices(reference, how, request):
+    assert_alike(request.getfixturevalue(how).loss_and_gradients(), reference)
+
+
 @pytest.mark.parametrize('sizes', [(2, 2, 2), pytest.param((2, 4, 1), marks=pytest.mark.slow)])
-def test_loss_and_gradients_do_not_depend_on_how_weights_are_split(problem, sizes):
-    teacher, method, state, plan = problem
-    loss = finetune.make_loss(teacher, method, plan, TIMESTEPS, 'nearest', make_config())
-    rng = np.random.default_rng(3)
-    x = rng.standard_normal((8, *INFO.image_shape)).astype(np.float32)
-    t, y = np.arange(8, dtype=np.int32) * 12, np.arange(8, dtype=np.int32) % 3
-    gain = np.linspace(0.5, 2.0, 8, dtype=np.float32)
-    results = []
-    for shape in ((1, 1, 1), sizes):
-        device_mesh = mesh.make_mesh(*shape)
-
-        def on_mesh(state, params, *batch, device_mesh=device_mesh):
-            state, params = mesh.whole(device_mesh, state), mesh.whole(device_mesh, params)
-            return loss(state, params, *batch)
-
-        weights = mesh.shard_weights(device_mesh, (state, teacher.params))
-        batch = mesh.shard_batch(device_mesh, (x, t, y, gain))
-        (value, _), gradients = jax.jit(jax.value_and_grad(on_mesh, has_aux=True))(*weights, *batch)
-        results.append((float(value), jax.device_get(gradients)))
-    (one, gradients_one), (many, gradients_many) = results
-    assert abs(one - many) < TOLERANCE * abs(one)
-    gap = norm(jax.tree.map(np.subtract, gradients_many, gradients_one)) / norm(gradients_one)
-    assert gap < TOLERANCE, f'{gap:.1e}'
+def test_loss_and_gradients_do_not_depend_on_how_weights_are_split(problem, reference, sizes):
+    assert_alike(
+        make_start(problem, make_config(), *sizes).jitted().loss_and_gradients(), reference
+    )
