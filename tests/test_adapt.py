@@ -19,10 +19,11 @@ from dmq_jax.config import (
 )
 from dmq_jax.methods import base
 from dmq_jax.models.autoencoder import Moments
-from dmq_jax.runtime import hosts, log, mesh
-from tests import tiny
+from dmq_jax.runtime import hosts, log, mesh, programs
+from tests import tiny, tiny_conditional
 
 FAST_COMPILE = {'xla_backend_optimization_level': 0}  # tiny tensors: compiling is all the time
+TIMESTEPS = np.array([75, 25], np.int32)  # of tables, which no method here has
 CONFIG = AdaptConfig(num_iterations=24, batch_size=8, log_every=6)
 
 
@@ -31,36 +32,36 @@ def plan():
     quant = QuantConfig(
         coverage='full', weight_bits=3, activation_bits=32, weight_observer='minmax'
     )
-    plan = denoisers.make_plan(denoisers.quantizable(tiny.teacher()), quant)
-    # A part: there is less to compile.
-    return {path: spec for path, spec in plan.items() if not path.startswith(('mid/', 'up_0/'))}
+    return denoisers.make_plan(denoisers.quantizable(tiny_conditional.teacher()), quant)
 
 
 def images():
-    pixels, labels = tiny.real_images()
+    pixels, labels = tiny.real_images(side=4)
     return {'images': pixels.astype(np.float32) / 127.5 - 1, 'labels': labels}
 
 
 class Adapted:
     def __init__(self, config, plan, folder):
-        self.teacher, self.plan, self.folder = tiny.teacher(), plan, folder
-        self.method = methods.make(config, plan, tiny.INFO.schedule.num_train_timesteps)
-        self.timesteps = tiny.calibration().timesteps
-        self.start = self.method.init(
-            self.teacher.params, tiny.calibration().stats, jax.random.key(0)
+        self.teacher, self.plan, self.folder = tiny_conditional.teacher(), plan, folder
+        self.method = methods.make(config, plan, tiny_conditional.INFO.schedule.num_train_timesteps)
+        self.start = jax.device_get(
+            programs.call_once(self.method.init, self.teacher.params, {}, jax.random.key(0))
         )
         self.state = self.run().state
 
     def run(self, folder=None, sizes=(1,)):
         return adapt.run(
-            self.teacher, self.method, self.start, self.plan, self.timesteps, 'nearest', CONFIG,
+            self.teacher, self.method, self.start, self.plan, TIMESTEPS, 'nearest', CONFIG,
             sets=[tuple(images().values())], key=jax.random.key(1), workdir=folder or self.folder,
             device_mesh=mesh.make_mesh(*sizes), description='test',
         )  # fmt: skip
 
     def exported(self, state):
-        bound = self.method.bind(self.teacher.params, state)
-        return exporting.make(self.teacher, self.plan, bound, self.timesteps, 'nearest')
+        bound = jax.jit(self.method.bind)(self.teacher.params, state)
+        return exporting.make(self.teacher, self.plan, bound, TIMESTEPS, 'nearest')
+
+    def loss(self, *options):
+        return adapt.make_loss(self.teacher, self.method, self.plan, TIMESTEPS, 'nearest', *options)
 
 
 @pytest.fixture(scope='module')
@@ -179,16 +180,26 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(adapted, tmp_p
         adapted.run(tmp_path, (3,))
 
 
-def test_gradients_do_not_depend_on_what_is_computed_again(adapted):
-    constants = adapt.make_constants(adapted.teacher, adapted.method, adapted.state, adapted.plan)
+@pytest.fixture(scope='module')
+def constants(adapted):
+    return adapt.make_constants(adapted.teacher, adapted.method, adapted.state, adapted.plan)
+
+
+@pytest.fixture(scope='module')
+def loss(adapted, constants):
+    """The loss of images or of Gaussians, and labels, without dropout."""
+    run = jax.jit(adapted.loss(0.0, ''), compiler_options=FAST_COMPILE)
+    return lambda images, labels: float(
+        run(adapted.state, constants, images, labels, jax.random.key(2))
+    )
+
+
+def test_gradients_do_not_depend_on_what_is_computed_again(adapted, constants):
     batch = {name: array[:2] for name, array in images().items()}
 
     def gradients(remat):
-        loss = adapt.make_loss(
-            adapted.teacher, adapted.method, adapted.plan, adapted.timesteps, 'nearest', 0.1, remat
-        )
-        slope = jax.jit(jax.grad(loss), compiler_options=FAST_COMPILE)
-        return slope(adapted.state, constants, batch['images'], batch['labels'], jax.random.key(2))
+        slope = jax.jit(jax.grad(adapted.loss(0.1, remat)), compiler_options=FAST_COMPILE)
+        return jax.device_get(slope(adapted.state, constants, *batch.values(), jax.random.key(2)))
 
     kept, again = gradients(''), gradients(CONFIG.remat)
     size = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(kept))
@@ -197,52 +208,41 @@ def test_gradients_do_not_depend_on_what_is_computed_again(adapted):
     jax.tree.map(close, kept, again)
 
 
-def test_what_is_not_to_be_forgotten_has_a_loss_of_its_own_weight(adapted):
-    constants = adapt.make_constants(adapted.teacher, adapted.method, adapted.state, adapted.plan)
+def test_what_is_not_to_be_forgotten_has_a_loss_of_its_own_weight(adapted, constants, loss):
     batch = {name: array[:4] for name, array in images().items()}
 
-    def value(prior_weight):
-        loss = adapt.make_loss(
-            adapted.teacher, adapted.method, adapted.plan, adapted.timesteps, 'nearest', 0.0, '',
-            prior_weight,
-        )  # fmt: skip
-        run = jax.jit(loss, compiler_options=FAST_COMPILE)
-        return float(run(adapted.state, constants, *batch.values(), jax.random.key(2)))
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    def value(prior_weight, state, constants):
+        return adapted.loss(0.0, '', prior_weight)(
+            state, constants, *batch.values(), jax.random.key(2)
+        )
 
     # The loss is a mean, so that of all images is the mean of both halves.
-    mean, once, thrice = value(None), value(1.0), value(3.0)
+    mean = loss(*batch.values())
+    once, thrice = (float(value(weight, adapted.state, constants)) for weight in (1.0, 3.0))
     prior = (thrice - once) / 2
     assert once == pytest.approx(2 * mean, rel=1e-5)
     assert 0 < prior < once
 
 
-def test_latents_are_drawn_anew_for_every_step_from_their_gaussians(adapted):
-    constants = adapt.make_constants(adapted.teacher, adapted.method, adapted.state, adapted.plan)
+def test_latents_are_drawn_anew_for_every_step_from_their_gaussians(loss):
     pixels, labels = (array[:4] for array in images().values())
-    loss = adapt.make_loss(
-        adapted.teacher, adapted.method, adapted.plan, adapted.timesteps, 'nearest', 0.0, ''
-    )
-    run = jax.jit(loss, compiler_options=FAST_COMPILE)
-    key = jax.random.key(2)
 
     def value(log_variance):
         moments = Moments(pixels, np.full(pixels.shape, log_variance, np.float32))
-        return float(run(adapted.state, constants, moments, labels, key))
+        return loss(moments, labels)
 
     # Of a Gaussian without width the mean is drawn, of another its mean and noise of its own key.
-    assert value(-60.0) == pytest.approx(
-        float(run(adapted.state, constants, pixels, labels, key)), rel=1e-6
-    )
-    noise = jax.random.normal(jax.random.fold_in(key, 3), pixels.shape)
-    assert value(-2.0) == pytest.approx(
-        float(run(adapted.state, constants, pixels + np.exp(-1.0) * noise, labels, key)), rel=1e-6
-    )
+    assert value(-60.0) == pytest.approx(loss(pixels, labels), rel=1e-6)
+    noise = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.key(2), 3), pixels.shape))
+    drawn = pixels + np.exp(np.float32(-1)) * noise
+    assert value(-2.0) == pytest.approx(loss(drawn, labels), rel=1e-6)
     assert value(-2.0) != pytest.approx(value(-60.0), rel=1e-3)
 
 
 def test_a_step_sees_a_batch_of_each_set_and_of_the_first_one_the_same_as_without_the_other():
     sets = [
-        (jnp.arange(size, dtype=jnp.float32).reshape(-1, 1, 1, 1) + begin, jnp.arange(size))
+        (np.arange(begin, begin + size, dtype=np.float32).reshape(-1, 1, 1, 1), np.arange(size))
         for begin, size in ((0, 20), (100, 30))
     ]
 
@@ -270,7 +270,7 @@ def test_a_run_may_have_images_that_are_not_to_be_forgotten(adapted, tmp_path):
     class_images, labels = (array[:6] for array in images().values())
     config = dataclasses.replace(CONFIG, num_iterations=2, prior_weight=0.5)
     state = adapt.run(
-        adapted.teacher, adapted.method, adapted.start, adapted.plan, adapted.timesteps, 'nearest',
+        adapted.teacher, adapted.method, adapted.start, adapted.plan, TIMESTEPS, 'nearest',
         config, sets=[tuple(images().values()), (class_images, labels)], key=jax.random.key(1),
         workdir=tmp_path, device_mesh=mesh.make_mesh(1), description='test',
     ).state  # fmt: skip
@@ -286,7 +286,7 @@ def test_a_loss_on_features_is_refused(plan, tmp_path):
     method = methods.make(EfficientDMConfig(loss='feature'), plan)
     with pytest.raises(ValueError, match="choose loss='output'"):
         adapt.run(
-            tiny.teacher(), method, {}, plan, np.array([1]), 'nearest', CONFIG,
+            tiny_conditional.teacher(), method, {}, plan, TIMESTEPS, 'nearest', CONFIG,
             sets=[tuple(images().values())], key=jax.random.key(0), workdir=tmp_path,
             device_mesh=mesh.make_mesh(1), description='test',
         )  # fmt: skip
@@ -296,7 +296,7 @@ def test_sets_of_scales_are_switched_on_the_same_integers(adapted, tmp_path):
     first, second = adapted.exported(adapted.start), adapted.exported(adapted.state)
     scale_sets.save(tmp_path / 'second.safetensors', second)
     switched = scale_sets.load(tmp_path / 'second.safetensors', first)
-    x, t, y = jnp.ones((2, 8, 8, 1)), jnp.asarray([40, 3]), jnp.asarray([0, 1])
+    x, t, y = jnp.ones((2, 4, 4, 1)), jnp.asarray([90, 3]), jnp.asarray([0, 1])
 
     @jax.jit
     def predict(params):

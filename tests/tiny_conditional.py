@@ -6,6 +6,7 @@ It has one or two of each kind of layer, and normalizations, as the U-Nets have.
 import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from dmq_jax import denoisers
@@ -50,4 +51,6 @@ class Network(nn.Module):
 
 @functools.cache
 def teacher():
-    return tiny.random_denoiser(Network(), INFO, tiny.like_initial)
+    denoiser = tiny.random_denoiser(Network(), INFO, tiny.like_initial)
+    # In NumPy: to put it on a mesh, no program has to cut it to pieces.
+    return denoiser._replace(params=jax.device_get(denoiser.params))
