@@ -1,8 +1,10 @@
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,38 +19,10 @@ from dmq_jax.runtime import hosts
 from tests import tiny
 
 ROOT = Path(__file__).parents[1]
+SEED = 5
+NUM_ITERATIONS = 4
 SAMPLER = {'num_steps': 2}
 CALIBRATE = {'num_images': 4, 'batch_size': 4, 'values_per_tensor': 16, 'sampler': SAMPLER}
-# One layer: what is tested does not need more to be compiled.
-RULES = ({'pattern': 'conv_in'}, {'pattern': '.*', 'weight_bits': 32, 'activation_bits': 32})
-QUANT = {'weight_observer': 'minmax', 'activation_observer': 'minmax', 'coverage': 'full'}
-
-
-@pytest.fixture(scope='module')
-def teacher(tmp_path_factory):
-    path = tmp_path_factory.mktemp('teacher') / 'tiny.safetensors'
-    teachers.save_teacher(path, tiny.teacher())
-    return dmq_jax.load_teacher(path)
-
-
-@pytest.fixture(scope='module')
-def model(teacher):
-    return dmq_jax.quantize(
-        teacher, 'round_to_nearest', weight_bits=5, calibrate_options=CALIBRATE, **QUANT
-    )
-
-
-def test_a_quantized_network_samples_the_same_after_export_and_load(teacher, model, tmp_path):
-    images = dmq_jax.sample(model, 4, **SAMPLER)
-    dmq_jax.export(model, tmp_path / 'model')
-    again = dmq_jax.sample(dmq_jax.load(tmp_path / 'model'), 4, **SAMPLER)
-    np.testing.assert_array_equal(again, images)
-    assert images.shape == (4, 8, 8, 1) and images.dtype == np.uint8
-    assert model.plan['conv_in'].weight.bits == 5 and model.plan['conv_in'].inputs.bits == 4
-    # Round the classes by default; and the student is close to its teacher, not equal.
-    own = dmq_jax.sample(teacher, 4, labels=np.array([0, 1, 2, 0], np.int32), **SAMPLER)
-    difference = np.abs(images.astype(int) - own)
-    assert 0 < difference.mean() < 64
 
 
 # One block of a transformer: enough for every method, and no more to be compiled than that.
@@ -56,8 +30,13 @@ NETWORK = DiT(
     num_layers=1, num_heads=2, head_dim=4, sample_size=4, num_classes=tiny.NUM_CLASSES,
     in_channels=1, out_channels=1,
 )  # fmt: skip
-FEW = {'pattern': 'block_0/(modulation|attention/(q|attend/.*)|mlp/dense_0)'}, RULES[1]
-FEW_QUANT = QUANT | {'coverage': 'rules', 'rules': FEW}
+QUANT = {
+    'weight_observer': 'minmax', 'activation_observer': 'minmax', 'coverage': 'rules',
+    'rules': (
+        {'pattern': 'block_0/(modulation|attention/(q|attend/.*)|mlp/dense_0)'},
+        {'pattern': '.*', 'weight_bits': 32, 'activation_bits': 32},
+    ),
+}  # fmt: skip
 BRIEF = {
     'reconstruct': {'batch_size': 8, 'num_timesteps': 2, 'num_images': 8, 'sampler': SAMPLER},
     'finetune': {'batch_size': 2, 'sampler': SAMPLER},
@@ -67,160 +46,187 @@ BRIEF = {
 CASES = {name: (name, {}) for name in (*config_lib.LEARNS_BY, *config_lib.RECIPES)}
 # Where the timestep enters a transformer.
 CASES['tfmq_dm'] = 'tfmq_dm', {'layers': '.*modulation', 'outputs': '.*modulation'}
+CASES['efficientdm'] = 'efficientdm', {'lora_rank': 2}
 # PEQA is TuneQDM with some of its scales.
 CASES['peqa'] = 'tuneqdm', {'scales': 'output', 'num_experts': 1}
 
 
 @pytest.fixture(scope='module')
-def small(tmp_path_factory):
-    """A teacher that is compiled in less time still."""
-    path = tmp_path_factory.mktemp('small') / 'small.safetensors'
+def teacher(tmp_path_factory):
+    path = tmp_path_factory.mktemp('teacher') / 'teacher.safetensors'
     info = dataclasses.replace(tiny.INFO, image_shape=(4, 4, 1))
     teachers.save_teacher(path, tiny.random_denoiser(NETWORK, info, tiny.like_initial))
     return dmq_jax.load_teacher(path)
 
 
 @pytest.fixture(scope='module')
-def kept_calibration():
-    return {}
-
-
-@pytest.fixture
-def calibrated(kept_calibration, monkeypatch):
-    """Calibrates once for all methods: what the teacher does is the same."""
-    run = learning.calibrate.run
+def calibrate_once():
+    """Calibrates once for all methods: what the teacher does is the same. Gives back what does."""
+    run, kept = learning.calibrate.run, []
 
     def once(*arguments, channels, **options):
-        if not kept_calibration:
-            kept_calibration['it'] = run(*arguments, channels=True, **options)
-        return kept_calibration['it']
+        if not kept:
+            kept.append(run(*arguments, channels=True, **options))
+        return kept[0]
 
-    monkeypatch.setattr(learning.calibrate, 'run', once)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learning.calibrate, 'run', once)
+        yield run
+
+
+@pytest.fixture(scope='module')
+def model(teacher, calibrate_once):
+    return quantize_briefly(teacher, 'round_to_nearest', weight_bits=5)
+
+
+def test_a_quantized_network_samples_the_same_after_export_and_load(teacher, model, tmp_path):
+    images = dmq_jax.sample(model, 4, **SAMPLER)
+    dmq_jax.export(model, tmp_path / 'model')
+    again = dmq_jax.sample(dmq_jax.load(tmp_path / 'model'), 4, **SAMPLER)
+    np.testing.assert_array_equal(again, images)
+    assert images.shape == (4, 4, 4, 1) and images.dtype == np.uint8
+    spec = model.plan['block_0/mlp/dense_0']
+    assert spec.weight.bits == 5 and spec.inputs.bits == 4
+    # Round the classes by default; and the student is close to its teacher, not equal.
+    own = dmq_jax.sample(teacher, 4, labels=np.array([0, 1, 2, 0], np.int32), **SAMPLER)
+    difference = np.abs(images.astype(int) - own)
+    assert 0 < difference.mean() < 64
 
 
 def stage_of(name):
     return config_lib.LEARNS_BY[config_lib.method_options(name)['name']]
 
 
-def quantize_briefly(teacher, name, method_options, workdir, num_iterations=4):
+def quantize_briefly(teacher, name, workdir=None, method_options=None, schedule=None, **quant):
     """By the method's own stage, if it has one."""
-    stage = stage_of(name)
+    stage, given = stage_of(name), {}
+    if stage:
+        options = BRIEF[stage] | ({'schedule': schedule} if schedule else {})
+        given = {f'{stage}_options': options, 'num_iterations': NUM_ITERATIONS}
+    if stage == 'adapt':
+        given['data_options'] = BRIEF['data']
     return dmq_jax.quantize(
-        teacher, name, num_iterations=num_iterations if stage else None, workdir=workdir,
-        method_options=method_options, calibrate_options=CALIBRATE,
-        **({f'{stage}_options': BRIEF[stage]} if stage else {}),
-        **({'data_options': BRIEF['data']} if stage == 'adapt' else {}), **FEW_QUANT,
+        teacher, name, seed=SEED, workdir=workdir, method_options=method_options,
+        calibrate_options=CALIBRATE, **given, **QUANT, **quant,
     )  # fmt: skip
 
 
+class Made(NamedTuple):
+    """A student, the state it started from, what it learnt, and the folder it was made in."""
+
+    model: dmq_jax.Exported
+    start: Any
+    learnt: learning.Learnt
+    folder: Path
+
+
+@pytest.fixture(scope='module')
+def made(teacher, calibrate_once, tmp_path_factory):
+    """case -> what it makes, once."""
+
+    @functools.cache
+    def make(case):
+        seen, learn = {}, learning.learn
+
+        def note(context, name):
+            method = learning.make_method(context, name)
+            stats = learning.calibration(context).stats
+            init = jax.jit(method.init)
+            seen['start'] = init(context.teacher.params, stats, context.key('finetune'))
+            seen['learnt'] = learn(context, name)
+            return seen['learnt']
+
+        name, method_options = CASES[case]
+        folder = tmp_path_factory.mktemp(case)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(learning, 'learn', note)
+            model = quantize_briefly(teacher, name, folder, method_options)
+        return Made(model, **seen, folder=folder)
+
+    return make
+
+
+def assert_same(model, other):
+    """Of two students: the same integers, scales and correction."""
+    for path, weight in model.weights.items():
+        np.testing.assert_array_equal(weight.packed, other.weights[path].packed, err_msg=path)
+        np.testing.assert_array_equal(weight.scale, other.weights[path].scale, err_msg=path)
+    for mine, others in (model.tables, other.tables), (model.correction, other.correction):
+        jax.tree.map(np.testing.assert_array_equal, mine, others)
+
+
 # Of each stage one, and what only calibrates; tests/methods/test_all.py holds every export.
-OF_EACH_STAGE = ('qdiffusion', 'efficientdm', 'tuneqdm', 'svdquant')
+OF_EACH_STAGE = ('ptqd', 'efficientdm', 'tuneqdm', 'svdquant')
 
 
 @pytest.mark.parametrize(
     'case', [pytest.param(c, marks=() if c in OF_EACH_STAGE else pytest.mark.slow) for c in CASES]
 )
-def test_every_method_learns_by_its_own_stage_and_exports_its_integers(
-    case, small, calibrated, tmp_path, monkeypatch
-):
-    name, method_options = CASES[case]
-    seen, learn = {}, learning.learn
-
-    def note(context, name):
-        method = learning.make_method(context, name)
-        stats = learning.calibration(context).stats
-        init = jax.jit(method.init)
-        seen['start'] = init(context.teacher.params, stats, context.key('finetune'))
-        seen['learnt'] = learn(context, name)
-        return seen['learnt']
-
-    monkeypatch.setattr(learning, 'learn', note)
-    model = quantize_briefly(small, name, method_options, tmp_path)
-    method, state = seen['learnt'].method, seen['learnt'].state
-    pairs = zip(jax.tree.leaves(seen['start']), jax.tree.leaves(state), strict=True)
+def test_every_method_learns_by_its_own_stage_and_exports_its_integers(case, teacher, made):
+    name, _ = CASES[case]
+    model, start, (method, state, *_), folder = made(case)
+    pairs = zip(jax.tree.leaves(start), jax.tree.leaves(state), strict=True)
     moved = any(not np.array_equal(a, b) for a, b in pairs)
     stage = stage_of(name)
     assert moved == (stage is not None)
     assert bool(method.phases) == (stage == 'reconstruct')
-    folders = {path.name for path in (tmp_path / 'students').glob('*/*')}
+    folders = {path.name for path in (folder / 'students').glob('*/*')}
     assert folders == ({stage, learning._LEARNT[stage]} if stage else set())
-    codes = jax.jit(method.bind)(small.params, state).weights
+    codes = jax.jit(method.bind)(teacher.params, state).weights
     assert codes.keys() == model.weights.keys() and len(codes) == 3
     for path, weight in model.weights.items():
         np.testing.assert_array_equal(tensor.unpack(weight), codes[path].codes, err_msg=path)
     assert (model.correction is not None) == (name == 'ptqd')
 
 
-def test_a_call_gives_what_a_run_of_the_same_options_gives(small, tmp_path):
+def test_a_call_gives_what_a_run_of_the_same_options_gives(
+    teacher, made, calibrate_once, tmp_path, monkeypatch
+):
     path = tmp_path / 'teacher.safetensors'
-    teachers.save_teacher(path, small)  # the same: its weights are those of a file
-    tuned = BRIEF['finetune'] | {'num_iterations': 3}
-    model = dmq_jax.quantize(
-        small, 'efficientdm', seed=5, method_options={'lora_rank': 2},
-        calibrate_options=CALIBRATE, finetune_options=tuned, **FEW_QUANT,
-    )  # fmt: skip
+    teachers.save_teacher(path, teacher)  # the same: its weights are those of a file
     options = config_lib.student(
-        {'name': 'efficientdm', 'lora_rank': 2}, quant=FEW_QUANT, finetune=tuned
-    )
+        {'name': 'efficientdm', 'lora_rank': 2}, quant=QUANT,
+        finetune=BRIEF['finetune'] | {'num_iterations': NUM_ITERATIONS},
+    )  # fmt: skip
     config = config_lib.from_config_dict(
-        {'seed': 5, 'teacher': {'path': str(path)}, 'calibrate': CALIBRATE, 'mesh': {'data': 1},
+        {'seed': SEED, 'teacher': {'path': str(path)}, 'calibrate': CALIBRATE, 'mesh': {'data': 1},
          'students': {'efficientdm': options}}
     )  # fmt: skip
+    called = made('efficientdm').model
+    monkeypatch.setattr(learning.calibrate, 'run', calibrate_once)  # the run calibrates by itself
     ran = learning.exported(pipeline.open_run(config, tmp_path / 'run', None), 'efficientdm')
-    for path, weight in model.weights.items():
-        np.testing.assert_array_equal(weight.packed, ran.weights[path].packed, err_msg=path)
-        np.testing.assert_array_equal(weight.scale, ran.weights[path].scale, err_msg=path)
+    assert_same(called, ran)
 
 
-def test_a_call_goes_on_where_the_one_before_was_stopped(small, calibrated, tmp_path):
-    whole = quantize_briefly(small, 'qdiffusion', {}, tmp_path / 'whole')
+def test_a_call_that_is_told_to_stop_within_a_block_ends_and_the_next_goes_on_there(
+    teacher, made, tmp_path, monkeypatch
+):
     original, passes = reconstruct._learn_block, []
 
     def learn_block(task, phase, *arguments, **options):
         passes.append(phase.name)
-        if len(passes) == 2:
-            raise KeyboardInterrupt
         return original(task, phase, *arguments, **options)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reconstruct, '_learn_block', learn_block)
-        with pytest.raises(KeyboardInterrupt):
-            quantize_briefly(small, 'qdiffusion', {}, tmp_path / 'stopped')
-        model = quantize_briefly(small, 'qdiffusion', {}, tmp_path / 'stopped')
-    assert passes == ['rounding', 'scales', 'scales']
-    for path, weight in whole.weights.items():
-        np.testing.assert_array_equal(weight.packed, model.weights[path].packed, err_msg=path)
-    for path, roles in whole.tables.items():
-        for role, table in roles.items():
-            np.testing.assert_array_equal(table['scale'], model.tables[path][role]['scale'])
-
-
-def test_a_call_that_is_told_to_stop_within_a_block_ends_and_goes_on(
-    small, calibrated, tmp_path, monkeypatch
-):
+    monkeypatch.setattr(reconstruct, '_learn_block', learn_block)
     with monkeypatch.context() as patch:
-        patch.setattr(hosts, 'stop_requested', lambda: (tmp_path / 'students').is_dir())
+        patch.setattr(hosts, 'stop_requested', lambda: len(passes) == 2)
         with pytest.raises(SystemExit) as stopped:
-            quantize_briefly(small, 'ptqd', {}, tmp_path)
+            quantize_briefly(teacher, 'ptqd', tmp_path)
     assert stopped.value.code == hosts.REQUEUE
+    assert passes == ['rounding', 'scales']
     assert not (tmp_path / 'students' / 'ptqd' / 'reconstructed').exists()
-    assert quantize_briefly(small, 'ptqd', {}, tmp_path).correction is not None
+    model = quantize_briefly(teacher, 'ptqd', tmp_path)
+    assert passes == ['rounding', 'scales', 'scales']
+    assert_same(made('ptqd').model, model)
 
 
-def test_a_folder_of_other_options_is_refused(small, calibrated, tmp_path):
-    def quantize(schedule='linear'):
-        return dmq_jax.quantize(
-            small, 'efficientdm', num_iterations=2, workdir=tmp_path,
-            method_options={'lora_rank': 2}, calibrate_options=CALIBRATE,
-            finetune_options=BRIEF['finetune'] | {'schedule': schedule}, **FEW_QUANT,
-        )  # fmt: skip
-
-    first = quantize()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(learning.finetune, 'run', None)  # what is learnt is not learnt again
-        assert quantize().weights.keys() == first.weights.keys()
-    with pytest.raises(ValueError, match="schedule was 'linear', now 'cosine'"):
-        quantize(schedule='cosine')
+def test_a_folder_of_other_options_is_refused(teacher, made, monkeypatch):
+    first, options = made('efficientdm'), CASES['efficientdm'][1]
+    # What is learnt is not learnt again.
+    monkeypatch.setattr(learning.finetune, 'run', None)
+    assert_same(first.model, quantize_briefly(teacher, 'efficientdm', first.folder, options))
+    with pytest.raises(ValueError, match="schedule was 'cosine', now 'linear'"):
+        quantize_briefly(teacher, 'efficientdm', first.folder, options, schedule='linear')
 
 
 def described(method, num_iterations=None, method_options=(), **stages):
