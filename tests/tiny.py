@@ -1,6 +1,7 @@
 """A teacher of a few thousand weights, and what is made from it, once per process.
 
-Weights are NumPy numbers: compiling an initialisation would take longer than most tests.
+Weights are NumPy numbers: compiling an initialisation would take longer than most tests. They are
+put on the device, which `jnp.asarray` does by a program for every shape.
 """
 
 import functools
@@ -41,7 +42,7 @@ def random_like(shapes, seed=0, scale=0.3):
 
     def draw(leaf):
         numbers = (scale * rng.standard_normal(leaf.shape)).astype(np.float16)
-        return jnp.asarray(numbers, jnp.float32)
+        return jax.device_put(numbers.astype(np.float32))
 
     return jax.tree.map(draw, shapes)
 
@@ -58,7 +59,7 @@ def like_initial(shapes):
 
     def draw(path, leaf):
         numbers = rng.standard_normal(leaf.shape) / np.sqrt(max(1, np.prod(leaf.shape[:-1])))
-        return jnp.asarray(numbers + (path[-1].key == 'scale'), jnp.float32)
+        return jax.device_put((numbers + (path[-1].key == 'scale')).astype(np.float32))
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import traverse_util
 from jaxtyping import Array, Float, Key, PyTree
@@ -234,7 +235,8 @@ def num_trained(state: State, optimizers: Iterable[Callable[[State, optax.Schedu
             found = jax.tree.map(lambda old, leaf: old | jnp.any(leaf != 0), found, updates)
         return found
 
-    found = jax.jit(moves)(jax.tree.map(lambda leaf: jnp.ones(leaf.shape), state))
+    # Of NumPy: each shape of `jnp.ones` would be compiled.
+    found = jax.jit(moves)(jax.tree.map(lambda leaf: np.ones(leaf.shape, np.float32), state))
     pairs = zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True)
     return sum(leaf.size for leaf, has_moved in pairs if has_moved)
 
