@@ -30,6 +30,7 @@ has no counterpart here is refused by name.
 import collections
 import concurrent.futures
 import difflib
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -122,6 +123,18 @@ def without_old_attention(tensors: Iterable[str]) -> dict[str, str]:
 
 def parameter_shapes(network: nn.Module, *inputs: Any, **named: Any) -> PyTree:
     """Shapes of the parameters, nothing computed; inputs may be `jax.ShapeDtypeStruct`."""
+    leaves, structure = jax.tree.flatten((inputs, named))
+    shapes = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    # Dictionaries of the caller's own: what is remembered stays as it is.
+    return jax.tree.map(lambda leaf: leaf, _traced_shapes(network, shapes, structure))
+
+
+# To trace a network takes seconds, and whoever reads a checkpoint asks several times.
+@functools.lru_cache(maxsize=64)
+def _traced_shapes(
+    network: nn.Module, leaves: tuple[jax.ShapeDtypeStruct, ...], structure: Any
+) -> PyTree:
+    inputs, named = jax.tree.unflatten(structure, leaves)
     shapes = jax.eval_shape(
         lambda *a, **k: network.init(jax.random.key(0), *a, **k), *inputs, **named
     )
