@@ -142,7 +142,8 @@ def test_timestep_features_equal_diffusers(oracle, cos_first, frequency_shift):
 def test_the_time_embedding_equals_diffusers(oracle, pair):
     unet, params = pair
     x = features(2, 16)
-    out = ddpm_unet.TimeEmbedding(64, jnp.float32).apply({'params': params['time_embed']}, x)
+    module = ddpm_unet.TimeEmbedding(64, jnp.float32)
+    out = jit(module.apply)({'params': params['time_embed']}, x)
     assert_close(out, unet.time_embedding(oracle.torch.from_numpy(x)).detach().numpy())
 
 
@@ -150,7 +151,7 @@ def test_a_residual_block_equals_diffusers(oracle, pair):
     unet, params = pair
     x, embedding = features(2, 4, 6, 16), features(2, 64)
     module = ddpm_unet.ResBlock(32, scale_shift=False, **BLOCK)
-    out = module.apply({'params': params['down_1']['block_0']}, x, embedding)
+    out = jit(module.apply)({'params': params['down_1']['block_0']}, x, embedding)
     reference, _ = run_torch(
         oracle, unet.down_blocks[1].resnets[0], x, oracle.torch.from_numpy(embedding)
     )
@@ -161,7 +162,7 @@ def test_attention_equals_diffusers(oracle, pair):
     unet, params = pair
     x = features(2, 4, 6, 32)
     module = ddpm_unet.Attention(8, **BLOCK)
-    out = module.apply({'params': params['down_1']['attention_0']}, x)
+    out = jit(module.apply)({'params': params['down_1']['attention_0']}, x)
     assert_close(out, run_torch(oracle, unet.down_blocks[1].attentions[0], x)[0])
 
 
@@ -171,7 +172,7 @@ def test_a_level_down_and_its_skips_equal_diffusers(oracle, pair):
     module = ddpm_unet.DownLevel(
         16, 1, attention=False, downsample=True, padding='asymmetric', **LEVEL
     )
-    out, skips = module.apply({'params': params['down_0']}, x, embedding)
+    out, skips = jit(module.apply)({'params': params['down_0']}, x, embedding)
     reference, rest = run_torch(oracle, unet.down_blocks[0], x, oracle.torch.from_numpy(embedding))
     assert_close(out, reference)
     assert len(skips) == len(rest) == 2
@@ -182,9 +183,8 @@ def test_a_level_down_and_its_skips_equal_diffusers(oracle, pair):
 def test_the_middle_equals_diffusers(oracle, pair):
     unet, params = pair
     x, embedding = features(2, 4, 6, 32), features(2, 64)
-    out = ddpm_unet.Middle(32, attention=True, **LEVEL).apply(
-        {'params': params['mid']}, x, embedding
-    )
+    module = ddpm_unet.Middle(32, attention=True, **LEVEL)
+    out = jit(module.apply)({'params': params['mid']}, x, embedding)
     assert_close(out, run_torch(oracle, unet.mid_block, x, oracle.torch.from_numpy(embedding))[0])
 
 
@@ -193,7 +193,7 @@ def test_a_level_up_equals_diffusers(oracle, pair):
     x, embedding = features(2, 4, 6, 32), features(2, 64)
     skips = [2 * features(2, 4, 6, 16), features(2, 4, 6, 32)]
     module = ddpm_unet.UpLevel(32, 2, attention=True, upsample=True, **LEVEL)
-    out = module.apply({'params': params['up_0']}, x, skips, embedding)
+    out = jit(module.apply)({'params': params['up_0']}, x, skips, embedding)
     reference, _ = run_torch(
         oracle,
         unet.up_blocks[0],

@@ -90,12 +90,16 @@ SMALL_PIXART = PixArt(
 )  # fmt: skip
 
 
-def shapes_of(network):
+def example_inputs(network):
     x = jnp.zeros((1, 8, 8, 3))
     if isinstance(network, DiT):
-        return parameter_shapes(network, x, jnp.zeros(1, int), jnp.zeros(1, int))
+        return x, jnp.zeros(1, int), jnp.zeros(1, int)
     sizes = (jnp.zeros((1, 2)), jnp.zeros(1)) if network.size_conditions else ()
-    return parameter_shapes(network, x, jnp.zeros(1, int), jnp.zeros((1, 3, 10)), None, *sizes)
+    return x, jnp.zeros(1, int), jnp.zeros((1, 3, 10)), None, *sizes
+
+
+def shapes_of(network):
+    return parameter_shapes(network, *example_inputs(network))
 
 
 def test_the_original_dit_has_frequency_shift_0_and_one_epsilon(oracle):
@@ -194,7 +198,7 @@ def test_every_layer_has_a_path_of_its_own(network):
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        shapes_of(network)
+        jax.eval_shape(network.init, jax.random.key(0), *example_inputs(network))
     assert len(paths) == len(set(paths))
     assert {'patches/proj', 'block_1/attention/q', 'block_0/mlp/dense_1', 'out'} <= set(paths)
 

@@ -115,6 +115,6 @@ def test_every_layer_has_a_path_of_its_own():
         return next_fun(*args, **kwargs)
 
     with nn.intercept_methods(record):
-        weights.text_shapes(SMALL)
+        jax.eval_shape(SMALL.init, jax.random.key(0), jnp.zeros((1, 1), int))
     assert len(paths) == len(set(paths)) == 2 * 7
     assert {'block_0/q', 'block_1/gate', 'block_1/dense_1'} <= set(paths)

@@ -1,5 +1,7 @@
 """Values from integers, gradients of the float product: both against the float layer itself."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from dmq_jax.quant.tensor import QuantSpec
 
 # float32 sums of some hundred products in another order.
 TOLERANCE = 1e-5
+FAST_COMPILE = {'xla_backend_optimization_level': 0}  # tiny tensors: compiling is all the time
 WEIGHT_SPECS = {
     'symmetric': QuantSpec(bits=4, symmetric=True, per_channel=True),
     'asymmetric': QuantSpec(bits=4, symmetric=False, per_channel=True),
@@ -68,7 +71,10 @@ def bound_layer(kind, weight_spec, *, each_image):
     module, shape = LAYERS[kind]
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(0.5, 1.0, shape), jnp.float32)
-    params = module.init(jax.random.key(0), x)['params']
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x)['params']
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), shapes
+    )
     kernel_shape = params['kernel'].shape
     qmin, qmax = weight_spec.grid
     groups = kernel_shape[-2] // weight_spec.group_size if weight_spec.group_size else 1
@@ -112,9 +118,13 @@ def value_and_gradients(module, spec, params, weight, rows, x, *, as_codes):
         with fake_quantized({'layer': spec}):
             return Network().apply(variables, x)
 
-    y, pull_back = jax.vjp(run, weight, rows, x)
-    g = jnp.asarray(np.random.default_rng(2).standard_normal(y.shape), jnp.float32)
-    return y, pull_back(g)
+    @functools.partial(jax.jit, compiler_options=FAST_COMPILE)
+    def both(weight, rows, x):
+        y, pull_back = jax.vjp(run, weight, rows, x)
+        g = np.random.default_rng(2).standard_normal(y.shape).astype(np.float32)
+        return y, pull_back(jnp.asarray(g))
+
+    return both(weight, rows, x)
 
 
 @pytest.mark.parametrize(
