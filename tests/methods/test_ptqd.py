@@ -5,7 +5,9 @@ import numpy as np
 from dmq_jax import correct, denoisers, exporting, methods
 from dmq_jax.config import PTQDConfig, QDiffusionConfig, RoundToNearestConfig, SamplerConfig
 from dmq_jax.diffusion import samplers
-from dmq_jax.methods import ptqd
+from dmq_jax.methods import base, ptqd
+from dmq_jax.quant.plan import LayerSpec
+from dmq_jax.quant.tensor import QuantSpec
 from tests import tiny
 
 SHAPE = (3, 64, 8, 8, 2)  # [S, N, H, W, C]
@@ -72,7 +74,11 @@ def test_a_sampler_without_noise_stays_as_it_is():
 
 def student():
     """Plan, bound and corrected student of the tiny teacher at 3 bits."""
-    plan, _ = tiny.rounded(weight_bits=3, activation_bits=4)
+    weight = QuantSpec(bits=3, symmetric=True, per_channel=True, observer='minmax')
+    inputs = QuantSpec(bits=4, symmetric=False, observer='minmax')
+    # Rounded enough to be wrong, and few layers to compile.
+    layers = ('up_0/block_0/conv1', 'up_0/block_1/conv2', 'conv_out')
+    plan = dict.fromkeys(layers, LayerSpec(weight=weight, inputs=inputs))
     teacher, calibration = tiny.teacher(), tiny.calibration()
     method = methods.make(PTQDConfig(), plan)
     state = jax.jit(method.init)(teacher.params, calibration.stats, jax.random.key(0))
@@ -97,7 +103,7 @@ def test_the_correction_of_a_student_survives_its_export_and_reaches_the_sampler
     y, t = jnp.zeros(4, jnp.int32), jnp.asarray(timesteps[[0, 1, 2, 0]])
     plain = exporting.denoiser(exporting.make(teacher, plan, bound, timesteps, 'nearest'), 'fake')
     fixed = exporting.denoiser(loaded, 'fake')
-    before, after = (np.asarray(d.predict(d.params, x, t, y)) for d in (plain, fixed))
+    before, after = (np.asarray(jax.jit(d.predict)(d.params, x, t, y)) for d in (plain, fixed))
     row = jax.tree.map(lambda table: np.asarray(table)[[0, 1, 2, 0]], made.correction)
     want = (before - row.bias[:, None, None]) / (1 + row.gain[:, None, None, None])
     np.testing.assert_allclose(after, want, rtol=1e-5, atol=1e-5)
@@ -109,11 +115,12 @@ def test_the_correction_of_a_student_survives_its_export_and_reaches_the_sampler
 
 
 def test_methods_without_a_correction_are_left_alone():
-    plan, bound = tiny.rounded()
+    # Nothing is looked at.
+    plan, bound = {}, base.Bound({}, {})
     for config in (RoundToNearestConfig(), QDiffusionConfig()):
         method = methods.make(config, plan)
         same = correct.run(
-            tiny.teacher(), method, bound, plan, tiny.calibration().timesteps, 'nearest',
+            tiny.teacher(), method, bound, plan, np.array([9], np.int32), 'nearest',
             tiny.CALIBRATE, key=jax.random.key(5),
         )  # fmt: skip
         assert same is bound
