@@ -110,6 +110,16 @@ def run_fake(t, *, rows_of=None, network=NETWORK, plan=PLAN):
         return network.apply({'params': PARAMS, 'quant': nested(rows)}, X, t)
 
 
+def compiled(function):
+    """One program: operation by operation, each is a program of its own."""
+    return jax.jit(function, compiler_options=FAST_COMPILE)
+
+
+calibrate_weight = jax.jit(
+    observers.calibrate_weight, static_argnums=1, compiler_options=FAST_COMPILE
+)
+
+
 # -- the hook ------------------------------------------------------------------------------------
 
 
@@ -250,20 +260,24 @@ def test_fake_mode_equals_rounding_written_by_hand(t):
 @pytest.mark.parametrize('bits', [2, 4])
 def test_live_activations_have_at_most_two_to_the_bits_values(bits):
     spec = LayerSpec(weight=None, inputs=QuantSpec(bits=bits, symmetric=False))
-    seen = {}
 
-    def record(next_fun, args, kwargs, context):
-        if '/'.join(context.module.path) in ROLES:
-            seen['/'.join(context.module.path)] = args
-        return next_fun(*args, **kwargs)
+    @compiled
+    def run(tables, t):
+        seen = {}
+
+        def record(next_fun, args, kwargs, context):
+            if '/'.join(context.module.path) in ROLES:
+                seen['/'.join(context.module.path)] = args
+            return next_fun(*args, **kwargs)
+
+        rows = nested(at_timestep(tables, TIMESTEPS, t))
+        # Entered last: sees what the hook hands on.
+        with layers.fake_quantized(dict.fromkeys(ROLES, spec)), nn.intercept_methods(record):
+            NETWORK.apply({'params': PARAMS, 'quant': rows}, X, t)
+        return seen
 
     # Zero points as a method might have learnt them: not integers.
-    learnt = jax.tree.map(lambda a: a + 0.37, tables())
-    t = jnp.asarray([90, 30, 0])
-    rows = nested(at_timestep(learnt, TIMESTEPS, t))
-    # Entered last: sees what the hook hands on.
-    with layers.fake_quantized(dict.fromkeys(ROLES, spec)), nn.intercept_methods(record):
-        NETWORK.apply({'params': PARAMS, 'quant': rows}, X, t)
+    seen = run(jax.tree.map(lambda a: a + 0.37, tables()), jnp.asarray([90, 30, 0]))
     assert set(seen) == set(ROLES)
     for path, args in seen.items():
         for x in args:
@@ -387,8 +401,8 @@ class Attending(nn.Module):
 
 
 def attending():
-    x = jax.random.normal(jax.random.key(0), (2, 5, 4))
-    return Attending().init(jax.random.key(1), x)['params'], x
+    x = jnp.asarray(np.random.default_rng(4).standard_normal((2, 5, 4)).astype(np.float32))
+    return random_params(Attending(), x), x
 
 
 def test_the_products_inside_fused_attention_have_paths():
@@ -401,29 +415,39 @@ def test_the_products_inside_fused_attention_have_paths():
 def test_the_operands_of_fused_attention_are_observed_and_rounded():
     params, x = attending()
     plan = {'attend/scores': SPEC, 'attend/mix': SPEC}
-    with layers.observe_inputs(plan, 16):
-        _, seen = Attending().apply({'params': params}, x, mutable=['stats'])
-    stats = layers.collect_stats(plan, seen['stats'])
+
+    def observed():
+        with layers.observe_inputs(plan, 16):
+            _, seen = Attending().apply({'params': params}, x, mutable=['stats'])
+        return layers.collect_stats(plan, seen['stats'])
+
+    stats = jax.eval_shape(observed)
     assert {path: tuple(roles) for path, roles in stats.items()} == {
         'attend/scores': ('lhs', 'rhs'), 'attend/mix': ('lhs', 'rhs'),
     }  # fmt: skip
     row = {'scale': jnp.float32(0.25), 'zero_point': jnp.float32(8)}
     products = {name: {'lhs': row, 'rhs': row} for name in ('scores', 'mix')}
     variables = {'params': params, 'quant': {'attend': products}}
-    with layers.fake_quantized(plan):
-        rounded = Attending().apply(variables, x)
+
+    @compiled
+    def rounded(variables, x):
+        with layers.fake_quantized(plan):
+            return Attending().apply(variables, x)
 
     def fake(tensor):
         return (jnp.clip(jnp.round(tensor / 0.25) + 8, 0, 15) - 8) * 0.25
 
-    q, k, v = (
-        nn.Dense(8).apply({'params': params[n]}, x).reshape(2, 5, 2, 4).swapaxes(1, 2)
-        for n in 'qkv'
-    )
-    scores = jax.nn.softmax(fake(q) @ fake(k).swapaxes(2, 3) / 2)
-    mixed = (fake(scores) @ fake(v)).swapaxes(1, 2).reshape(2, 5, 8)
-    want = nn.Dense(4).apply({'params': params['out']}, mixed)
-    np.testing.assert_allclose(rounded, want, atol=16 * EPS)
+    @compiled
+    def by_hand(params, x):
+        q, k, v = (
+            nn.Dense(8).apply({'params': params[n]}, x).reshape(2, 5, 2, 4).swapaxes(1, 2)
+            for n in 'qkv'
+        )
+        scores = jax.nn.softmax(fake(q) @ fake(k).swapaxes(2, 3) / 2)
+        mixed = (fake(scores) @ fake(v)).swapaxes(1, 2).reshape(2, 5, 8)
+        return nn.Dense(4).apply({'params': params['out']}, mixed)
+
+    np.testing.assert_allclose(rounded(variables, x), by_hand(params, x), atol=16 * EPS)
 
 
 def test_attention_whose_products_stay_float_stays_in_one_piece():
@@ -455,17 +479,17 @@ def test_factors_of_channels_rescale_the_rounded_kernel_in_every_mode(module, sh
     rng = np.random.default_rng(5)
     x = jnp.asarray(rng.standard_normal(shape).astype(np.float32))
     params = random_params(module, x)
-    scale, zero_point = observers.calibrate_weight(params['kernel'], WEIGHT)
+    scale, zero_point = calibrate_weight(params['kernel'], WEIGHT)
     codes = numerics.quantize(params['kernel'], scale, zero_point, *WEIGHT.grid)
     kernel = numerics.dequantize(codes, scale, zero_point)
     # Each image has factors of its own, as where each is at a timestep of its own.
     ends = {'input': rng.uniform(0.5, 2, (2, 3)), 'output': rng.uniform(0.5, 2, (2, 5))}
     channels = {end: jnp.asarray(factor.astype(np.float32)) for end, factor in ends.items()}
-    want = []
+    want, apply = [], compiled(module.apply)
     for i in range(2):
         both = ends['input'][i][:, None] * ends['output'][i]
         rescaled = jnp.asarray((np.asarray(kernel) * both).astype(np.float32))
-        want.append(module.apply({'params': {**params, 'kernel': rescaled}}, x[i : i + 1]))
+        want.append(apply({'params': {**params, 'kernel': rescaled}}, x[i : i + 1]))
     plan = {'': LayerSpec(weight=WEIGHT, inputs=None)}
     weight = {'codes': codes, 'scale': scale, 'zero_point': zero_point}
     packed = pack(codes, scale, zero_point, spec=WEIGHT)
@@ -477,8 +501,13 @@ def test_factors_of_channels_rescale_the_rounded_kernel_in_every_mode(module, sh
          {'channels': channels, 'weight': integer_weight(packed)}),
     ]  # fmt: skip
     for context, params, quant in entries:
-        with context(plan):
-            got = module.apply({'params': params, 'quant': quant}, x)
+
+        @compiled
+        def run(variables, x, context=context):
+            with context(plan):
+                return module.apply(variables, x)
+
+        got = run({'params': params, 'quant': quant}, x)
         # Float32 sums of up to 27 products, in another order.
         np.testing.assert_allclose(
             got, np.concatenate(want), atol=27 * EPS * float(jnp.max(jnp.abs(got)))
@@ -522,7 +551,7 @@ def split_case(module, bits):
     rng = np.random.default_rng(3)
     network = Joining(module)
     x = jnp.asarray(rng.standard_normal((2, 5, 5, 6)).astype(np.float32))
-    params = network.init(jax.random.key(0), x)['params']
+    params = random_params(network, x)
     params['layer']['bias'] = jnp.asarray([0.5, -0.25, 1.0])
     weight = QuantSpec(bits=bits, symmetric=bits < 8, per_channel=True)
     plan = dict.fromkeys(
@@ -531,7 +560,7 @@ def split_case(module, bits):
     entries = {}
     for path, (begin, end) in zip(HALVES, ((0, 4), (4, 6)), strict=True):
         kernel = params['layer']['kernel'][..., begin:end, :]
-        scale, zero_point = observers.calibrate_weight(kernel, weight)
+        scale, zero_point = calibrate_weight(kernel, weight)
         codes = numerics.quantize(kernel, scale, zero_point, *weight.grid)
         pair = observers.compute_scale(
             x[..., begin:end].min(), x[..., begin:end].max(), plan[path].inputs
@@ -549,22 +578,33 @@ def split_case(module, bits):
 )
 def test_a_layer_in_two_parts_is_the_sum_of_two_layers_in_every_mode(module, bits):
     network, params, plan, entries, x = split_case(module, bits)
-    want = jnp.zeros(())
-    for path, (begin, end) in zip(HALVES, ((0, 4), (4, 6)), strict=True):
-        entry = entries[path]
-        x_hat = layers.fake_quantize_input(x[..., begin:end], entry['input'], plan[path].inputs)
-        kernel = numerics.dequantize(*entry['weight'].values())
-        want = want + module.clone(use_bias=False).apply({'params': {'kernel': kernel}}, x_hat)
-    want = want + params['layer']['bias'].reshape((1,) * (want.ndim - 1) + (3,))
-
     halves = {path.rpartition('/')[2]: entry for path, entry in entries.items()}
-    with layers.fake_quantized(plan):
-        codes = network.apply({'params': params, 'quant': {'layer': halves}}, x)
-        rounded = {'kernel': jnp.concatenate(
-            [numerics.dequantize(*e['weight'].values()) for e in entries.values()], axis=-2
-        ), 'bias': params['layer']['bias']}  # fmt: skip
-        inputs = {name: {'input': entry['input']} for name, entry in halves.items()}
-        kernels = network.apply({'params': {'layer': rounded}, 'quant': {'layer': inputs}}, x)
+    kernels = {p: numerics.dequantize(*entry['weight'].values()) for p, entry in entries.items()}
+
+    @compiled
+    def by_hand(x):
+        total = jnp.zeros(())
+        for path, (begin, end) in zip(HALVES, ((0, 4), (4, 6)), strict=True):
+            x_hat = layers.fake_quantize_input(
+                x[..., begin:end], entries[path]['input'], plan[path].inputs
+            )
+            layer = module.clone(use_bias=False)
+            total = total + layer.apply({'params': {'kernel': kernels[path]}}, x_hat)
+        return total + params['layer']['bias'].reshape((1,) * (total.ndim - 1) + (3,))
+
+    def mode(context):
+        @compiled
+        def run(layer, halves, x):
+            with context(plan):
+                return network.apply({'params': {'layer': layer}, 'quant': {'layer': halves}}, x)
+
+        return run
+
+    want, bias = by_hand(x), params['layer']['bias']
+    from_codes = mode(layers.fake_quantized)(params['layer'], halves, x)
+    rounded = {'kernel': jnp.concatenate(list(kernels.values()), axis=-2), 'bias': bias}
+    inputs = {name: {'input': entry['input']} for name, entry in halves.items()}
+    from_kernels = mode(layers.fake_quantized)(rounded, inputs, x)
     packed = {
         name: {
             **entry,
@@ -572,12 +612,10 @@ def test_a_layer_in_two_parts_is_the_sum_of_two_layers_in_every_mode(module, bit
         }
         for name, entry in halves.items()
     }
-    with layers.integer(plan):
-        kept = {'layer': {'bias': params['layer']['bias']}}
-        integers = network.apply({'params': kept, 'quant': {'layer': packed}}, x)
+    integers = mode(layers.integer)({'bias': bias}, packed, x)
     # Sums of at most 54 products in another order.
     tolerance = 54 * EPS * float(jnp.max(jnp.abs(want)))
-    for got in (codes, kernels, integers):
+    for got in (from_codes, from_kernels, integers):
         assert float(jnp.max(jnp.abs(got - want))) < tolerance
 
 
