@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,9 +60,16 @@ PARAMS, STATS = random_params(), random_stats()
 
 
 def start(**options):
-    config = EfficientDMConfig(**{'lora_rank': 3, **options})
+    method, state = started(tuple(options.items()))
+    # Trees of the caller's own, since tests change them.
+    return method, jax.tree.map(lambda leaf: leaf, state)
+
+
+@functools.cache
+def started(options):
+    config = EfficientDMConfig(**{'lora_rank': 3, **dict(options)})
     method = methods.make(config, PLAN)
-    return method, method.init(PARAMS, STATS, jax.random.key(0))
+    return method, jax.jit(method.init)(PARAMS, STATS, jax.random.key(0))
 
 
 def assert_same(a, b):
@@ -73,7 +82,7 @@ def assert_same(a, b):
 def test_it_starts_from_round_to_nearest_exactly(base_weights):
     method, state = start(base=base_weights)
     nearest = methods.make(RoundToNearestConfig(), PLAN)
-    want = nearest.bind(PARAMS, nearest.init(PARAMS, STATS, jax.random.key(1)))
+    want = nearest.bind(PARAMS, jax.jit(nearest.init)(PARAMS, STATS, jax.random.key(1)))
     found = method.bind(PARAMS, state)
     assert_same(found._replace(params={}), want)
     for name, leaf in found.params.items():
@@ -84,7 +93,7 @@ def test_with_a_branch_it_starts_from_svdquant_exactly():
     method, state = start(branch_rank=2)
     no_factors = ChannelFactorsConfig(strength=0.0)
     branched = methods.make(SVDQuantConfig(rank=2, channels=no_factors), PLAN)
-    want = branched.bind(PARAMS, branched.init(PARAMS, STATS, jax.random.key(1)))
+    want = branched.bind(PARAMS, jax.jit(branched.init)(PARAMS, STATS, jax.random.key(1)))
     assert want.branches.keys() == {'small', 'large', 'weights_only'}
     assert_same(method.bind(PARAMS, state)._replace(params={}), want)
 
@@ -106,7 +115,7 @@ def test_a_branch_is_trained_straight_through_its_rounding():
     def loss(state):
         return sum(jnp.sum(leaf) for leaf in jax.tree.leaves(method.bind(PARAMS, state).branches))
 
-    gradients = jax.grad(loss)(state)
+    gradients = jax.jit(jax.grad(loss))(state)
     assert all(np.all(leaf == 1) for leaf in jax.tree.leaves(gradients['branch']))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients['calibrated']))
 
@@ -152,7 +161,7 @@ def test_gradients_do_not_reach_the_calibration_or_the_float_weights():
         total = sum(jnp.sum(base.dequantize_weight(w) ** 2) for w in bound.weights.values())
         return total + sum(jnp.sum(leaf) for leaf in jax.tree.leaves(bound.tables))
 
-    gradients = jax.grad(loss, 1)(PARAMS, state)
+    gradients = jax.jit(jax.grad(loss, 1))(PARAMS, state)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients['calibrated']))
     for path in ('small', 'large', 'weights_only'):
         # The update starts at zero: its `up` learns first (LoRA).
@@ -203,10 +212,15 @@ def train(num_steps, **options):
     optimizer = method.optimizer(state, lambda step: 1.0)
     moments = optimizer.init(state)
     gradients = jax.tree.map(jnp.ones_like, state)
+
+    @jax.jit
+    def step(moments, state):
+        updates, moments = optimizer.update(gradients, moments, state)
+        return moments, jax.tree.map(jnp.add, state, updates)
+
     after = state
     for _ in range(num_steps):
-        updates, moments = optimizer.update(gradients, moments, after)
-        after = jax.tree.map(jnp.add, after, updates)
+        moments, after = step(moments, after)
     return state, after
 
 
@@ -263,8 +277,9 @@ def test_the_rates_follow_the_decay():
     method, state = start(weight_scale_learning_rate=1e-2)
     optimizer = method.optimizer(state, lambda step: jnp.where(step < 1, 1.0, 0.0))
     gradients, moments = jax.tree.map(jnp.ones_like, state), optimizer.init(state)
-    first, moments = optimizer.update(gradients, moments, state)
-    second, _ = optimizer.update(gradients, moments, state)
+    update = jax.jit(optimizer.update)
+    first, moments = update(gradients, moments, state)
+    second, _ = update(gradients, moments, state)
     assert all(np.all(leaf) for leaf in jax.tree.leaves(first['weight']))
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(second))
 

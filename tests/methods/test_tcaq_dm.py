@@ -96,21 +96,30 @@ def start(teacher, plan, stats):
 
 def test_it_starts_as_rounding_of_the_rescaled_layers(teacher, plan, stats, start):
     method, state = start
-    bound = method.bind(teacher.params, state)
-    factors = channel_factors.init(plan, teacher.params, stats, METHOD.channels)
+    bound = jax.jit(method.bind)(teacher.params, state)
+    factors = jax.jit(
+        lambda params, stats: channel_factors.init(plan, params, stats, METHOD.channels)
+    )(teacher.params, stats)
     assert set(bound.channels) == set(factors) == {p for p, s in plan.items() if 'conv' in p
                                                    or 'proj' in p}  # fmt: skip
-    folded = channel_factors.fold(teacher.params, factors)
+
+    @jax.jit
+    def rounded(params, factors):
+        folded = channel_factors.fold(params, factors)
+        return {
+            path: base.quantize_weight(base.get_kernel(folded, path), **scale, spec=plan[path])
+            for path, scale in base.init_weights(plan, folded).items()
+        }
+
+    wanted = rounded(teacher.params, factors)
     for path, weight in bound.weights.items():
-        scale = base.init_weights({path: plan[path]}, folded)[path]
-        want = base.quantize_weight(base.get_kernel(folded, path), **scale, spec=plan[path])
-        np.testing.assert_array_equal(weight.codes, want.codes)
+        np.testing.assert_array_equal(weight.codes, wanted[path].codes)
         np.testing.assert_allclose(bound.channels[path]['input'][0], 1 / factors[path])
 
 
 def test_a_softmax_has_a_choice_of_grids_and_other_inputs_have_not(teacher, start):
     method, state = start
-    tables = method.bind(teacher.params, state).tables
+    tables = jax.eval_shape(method.bind, teacher.params, state).tables
     chosen = {
         (p, r) for p, roles in tables.items() for r, table in roles.items() if 'powers' in table
     }
@@ -124,13 +133,20 @@ def test_it_asks_for_ranges_of_channels_unless_it_has_no_factors(plan):
 
 def test_interpolated_rows_never_mix_two_kinds_of_grid(teacher, plan, stats, timesteps):
     config = TCAQDMConfig(softmax=AdaptiveSoftmaxConfig(choice='powers'))
-    method = methods.make(config, plan, 50)
-    bound = method.bind(teacher.params, method.init(teacher.params, stats, jax.random.key(0)))
+    # What else is quantized does not matter, and takes its time.
+    method = methods.make(config, {'block_0/mix': plan['block_0/mix']}, 50)
+
+    @jax.jit
+    def start(params, stats):
+        return method.bind(params, method.init(params, stats, jax.random.key(0)))
+
+    bound = start(teacher.params, stats)
     table = bound.tables['block_0/mix']['lhs']
     half_off = {**table, 'powers': table['powers'].at[1].set(0.0)}
     bound.tables['block_0/mix'] = {**bound.tables['block_0/mix'], 'lhs': half_off}
     between = jnp.asarray(timesteps[:2].mean())
-    rows = denoisers.rows_at(denoisers.time_tables(bound, timesteps), between, 'linear')
+    tables = denoisers.time_tables(bound, timesteps)
+    rows = jax.jit(denoisers.rows_at, static_argnums=2)(tables, between, 'linear')
     assert float(rows['block_0/mix']['lhs']['powers']) in np.asarray(half_off['powers']).tolist()
 
 

@@ -15,7 +15,11 @@ EPS = float(np.finfo(np.float32).eps)
 FAST_COMPILE = {'xla_backend_optimization_level': 0}  # tiny tensors: compiling is all the time
 INPUTS = QuantSpec(bits=4, symmetric=False)
 SPEC = LayerSpec(weight=None, inputs=INPUTS)
+calibrate_weight = jax.jit(
+    observers.calibrate_weight, static_argnums=1, compiler_options=FAST_COMPILE
+)
 X = jnp.asarray(np.random.default_rng(0).standard_normal((3, 6, 6, 2)).astype(np.float32))
+WIDE = jnp.asarray(np.concatenate([X, np.asarray(X) - np.float32(0.4)], axis=-1))
 
 
 class Single(nn.Module):
@@ -65,8 +69,17 @@ def run_integer(module, spec, inputs, roles, *, weight=None, params=None):
     if weight is not None:
         entry['weight'] = codes_lib.integer_weight(weight)
     variables = {'params': {'layer': params or {}}, 'quant': {'layer': entry}}
-    with layers.integer({'layer': spec}):
-        return Single(module).apply(variables, *inputs)
+    return in_mode(layers.integer, module, spec, variables, inputs)
+
+
+def in_mode(mode, module, spec, variables, inputs):
+    """One program: operation by operation, each is a program of its own."""
+
+    def run(variables, inputs):
+        with mode({'layer': spec}):
+            return Single(module).apply(variables, *inputs)
+
+    return jax.jit(run, compiler_options=FAST_COMPILE)(variables, inputs)
 
 
 def group_sums(product, x, codes, scale, zero_point):
@@ -102,8 +115,8 @@ def test_integer_dense_equals_int64(
         weight=weight_spec(weight_bits, weight_symmetric, group_size),
         inputs=QuantSpec(bits=input_bits, symmetric=input_symmetric),
     )
-    x = X[:, 0]  # [B, 6, 2]
-    x = jnp.concatenate([x, x + 0.3, -x], axis=-1)  # K = 6
+    x = np.asarray(X[:, 0])  # [B, 6, 2]
+    x = jnp.asarray(np.concatenate([x, x + np.float32(0.3), -x], axis=-1))  # K = 6
     rows = rows_for(spec.inputs, 3, per_sample=per_sample)
     weight, *parts = random_weight((6, 5), spec.weight)
     got = run_integer(nn.Dense(5, use_bias=False), spec, [x], {'input': rows}, weight=weight)
@@ -126,7 +139,7 @@ PADDINGS = {
 
 
 def check_integer_conv(spec, geometry, *, per_sample):
-    x = jnp.concatenate([X, X - 0.4], axis=-1)  # C = 4
+    x = WIDE  # C = 4
     rows = rows_for(spec.inputs, 3, per_sample=per_sample)
     weight, *parts = random_weight((3, 3, 4, 5), spec.weight)
     module = nn.Conv(5, (3, 3), use_bias=False, **GEOMETRIES[geometry])
@@ -205,7 +218,7 @@ def per_tensor_weights():
 @pytest.mark.parametrize('kind', ['dense', 'conv'])
 def test_integer_mode_equals_fake_mode(kind, weight, inputs):
     spec = LayerSpec(weight=weight, inputs=inputs)
-    x = jnp.concatenate([X, X - 0.4], axis=-1)
+    x = WIDE
     module, shape = nn.Dense(5), (4, 5)
     if kind == 'conv':
         module, shape = nn.Conv(5, (3, 3), strides=(2, 2), padding=((0, 1), (0, 1))), (3, 3, 4, 5)
@@ -214,7 +227,7 @@ def test_integer_mode_equals_fake_mode(kind, weight, inputs):
     kernel = jnp.asarray(rng.standard_normal(shape).astype(np.float32))
     tensor = None
     if weight is not None:
-        scale, zero_point = observers.calibrate_weight(kernel, weight)
+        scale, zero_point = calibrate_weight(kernel, weight)
         codes = rng.integers(weight.grid[0], weight.grid[1] + 1, shape)
         tensor = pack(codes, scale, zero_point, spec=weight)
         kernel = dequantize(tensor)
@@ -225,10 +238,10 @@ def test_integer_mode_equals_fake_mode(kind, weight, inputs):
         scale, zero_point = observers.compute_scale(low, high, inputs)
         roles = {'input': {'scale': scale, 'zero_point': zero_point}}
     got = run_integer(module, spec, [x], roles, weight=tensor, params=params)
-    with layers.fake_quantized({'layer': spec}):
-        want = Single(module).apply(
-            {'params': {'layer': {'kernel': kernel, 'bias': bias}}, 'quant': {'layer': roles}}, x
-        )
+    variables = {
+        'params': {'layer': {'kernel': kernel, 'bias': bias}}, 'quant': {'layer': roles}
+    }  # fmt: skip
+    want = in_mode(layers.fake_quantized, module, spec, variables, [x])
     # The integer sum is exact; the float one rounds each of its 36 or fewer terms once.
     terms = np.prod(shape[:-1]) * float(jnp.abs(kernel).max()) * float(jnp.abs(x).max())
     np.testing.assert_allclose(got, want, rtol=0, atol=2 * terms * EPS)
@@ -315,20 +328,21 @@ def test_a_sum_that_might_overflow_is_refused():
 )
 def test_codes_in_the_collection_train_as_a_rounded_kernel_does(kind, weight, inputs):
     spec = LayerSpec(weight=weight, inputs=inputs)
-    x = jnp.concatenate([X, X - 0.4], axis=-1)
+    x = WIDE
     module, shape = nn.Dense(5), (4, 5)
     if kind == 'conv':
         module, shape = nn.Conv(5, (3, 3), strides=(2, 2), padding=((0, 1), (0, 1))), (3, 3, 4, 5)
     rng = np.random.default_rng(3)
     kernel = jnp.asarray(rng.standard_normal(shape).astype(np.float32))
-    w_scale, w_zero = observers.calibrate_weight(kernel, weight)
+    w_scale, w_zero = calibrate_weight(kernel, weight)
     roles = {}
     if inputs is not None:
         scale, zero_point = observers.compute_scale(jnp.min(x), jnp.max(x), inputs)
         roles = {'input': {'scale': 0.9 * scale, 'zero_point': zero_point}}
-    direction = jnp.asarray(rng.standard_normal(Single(module).apply(
-        {'params': {'layer': {'kernel': kernel, 'bias': jnp.ones(5)}}}, x
-    ).shape).astype(np.float32))  # fmt: skip
+    output = jax.eval_shape(
+        Single(module).apply, {'params': {'layer': {'kernel': kernel, 'bias': jnp.ones(5)}}}, x
+    )
+    direction = jnp.asarray(rng.standard_normal(output.shape).astype(np.float32))
 
     def loss(learnt, in_collection):
         kernel, w_scale, x, roles = learnt
@@ -419,9 +433,8 @@ def test_a_softmax_of_16_bits_is_exact(value_bits, zero_point):
     # Sums of three exact ones, rounded to float32 each.
     np.testing.assert_allclose(got, want, rtol=0, atol=8 * EPS * np.abs(want).max())
 
-    with layers.fake_quantized({'layer': spec}):
-        quant = {'layer': {'lhs': lhs_rows, 'rhs': rhs_rows}}
-        fake = Single(Product()).apply({'params': {}, 'quant': quant}, lhs, rhs)
+    variables = {'params': {}, 'quant': {'layer': {'lhs': lhs_rows, 'rhs': rhs_rows}}}
+    fake = in_mode(layers.fake_quantized, Product(), spec, variables, [lhs, rhs])
     np.testing.assert_allclose(got, fake, rtol=0, atol=16 * EPS * np.abs(want).max())
 
 
@@ -454,9 +467,8 @@ def test_a_softmax_on_powers_or_on_an_even_grid_is_exact_as_each_row_says(softma
     # Sums of up to five exact ones, rounded to float32 each.
     np.testing.assert_allclose(got, want, rtol=0, atol=8 * EPS * np.abs(want).max())
 
-    with layers.fake_quantized({'layer': spec}):
-        quant = {'layer': {'lhs': lhs_rows, 'rhs': rhs_rows}}
-        fake = Single(Product()).apply({'params': {}, 'quant': quant}, lhs, rhs)
+    variables = {'params': {}, 'quant': {'layer': {'lhs': lhs_rows, 'rhs': rhs_rows}}}
+    fake = in_mode(layers.fake_quantized, Product(), spec, variables, [lhs, rhs])
     np.testing.assert_allclose(got, fake, rtol=0, atol=16 * EPS * np.abs(want).max())
 
 
@@ -482,7 +494,6 @@ def test_a_softmax_on_powers_of_the_root_of_two_is_exact(softmax_bits):
     values = np.where(q < top, 2.0 ** (-q / 2), 0.0) * scale
     want = np.einsum('bmk,bnk->bmn', values, b.astype(np.float64)) * b_scale
     np.testing.assert_allclose(got, want, rtol=0, atol=16 * EPS * np.abs(want).max())
-    with layers.fake_quantized({'layer': spec}):
-        quant = {'layer': {'lhs': lhs_rows, 'rhs': rhs_rows}}
-        fake = Single(Product()).apply({'params': {}, 'quant': quant}, lhs, rhs)
+    variables = {'params': {}, 'quant': {'layer': {'lhs': lhs_rows, 'rhs': rhs_rows}}}
+    fake = in_mode(layers.fake_quantized, Product(), spec, variables, [lhs, rhs])
     np.testing.assert_allclose(fake, want, rtol=0, atol=16 * EPS * np.abs(want).max())
