@@ -18,6 +18,12 @@ PERCENTILE_TOLERANCE = 400 * EPS
 
 RANGES = [(-1.0, 3.0), (0.5, 2.0), (-4.0, -1.0), (0.0, 0.0), (-3.0, 0.0), (-2.5e-3, 1e-3)]
 
+# One program each: operation by operation, each is a program of its own.
+observe = jax.jit(observers.observe, static_argnums=1, static_argnames='channels')
+search_scale = jax.jit(observers.search_scale, static_argnums=1)
+calibrate = jax.jit(observers.calibrate, static_argnums=1)
+calibrate_weight = jax.jit(observers.calibrate_weight, static_argnums=1)
+
 
 def spec_of(bits=4, symmetric=False, **options):
     return QuantSpec(bits=bits, symmetric=symmetric, **options)
@@ -69,7 +75,7 @@ def test_a_percentile_range_leaves_equal_shares_out_on_both_sides(percentile):
     tail = (100 - percentile) / 2
     want = np.percentile(values.astype(np.float64), [tail, 100 - tail], axis=-1)
     np.testing.assert_allclose(np.stack(got), want, rtol=PERCENTILE_TOLERANCE)
-    scale, zero_point = observers.calibrate(
+    scale, zero_point = calibrate(
         stats_of(values), spec_of(observer='percentile', percentile=percentile)
     )
     for row in range(2):
@@ -89,7 +95,7 @@ def test_the_search_finds_the_least_error_of_all_candidates(kind, bits, symmetri
     if kind == 'outlier':
         values[7] = 20.0
     stats = stats_of(values)
-    scale, zero_point = observers.search_scale(stats, spec_of(bits, symmetric))
+    scale, zero_point = search_scale(stats, spec_of(bits, symmetric))
     candidates = oracle.search_errors(
         values.astype(np.float64), stats.low, stats.high, bits, symmetric
     )
@@ -108,8 +114,8 @@ def test_the_search_finds_the_least_error_of_all_candidates(kind, bits, symmetri
 def test_a_search_beats_the_full_range_where_there_is_an_outlier():
     values = np.random.default_rng(0).standard_normal(500).astype(np.float32)
     values[0] = 30.0
-    minmax, _ = observers.calibrate(stats_of(values), spec_of(observer='minmax'))
-    searched, _ = observers.calibrate(stats_of(values), spec_of(observer='mse'))
+    minmax, _ = calibrate(stats_of(values), spec_of(observer='minmax'))
+    searched, _ = calibrate(stats_of(values), spec_of(observer='mse'))
     assert float(searched) < float(minmax)
 
 
@@ -118,21 +124,21 @@ def test_all_rows_at_once_equal_each_row_alone(observer):
     values = np.random.default_rng(0).standard_normal((3, 2, 64)).astype(np.float32)
     values *= np.arange(1, 7, dtype=np.float32).reshape(3, 2, 1)
     spec = spec_of(observer=observer)
-    together = observers.calibrate(stats_of(values), spec)
+    together = calibrate(stats_of(values), spec)
     for index in np.ndindex(3, 2):
-        alone = observers.calibrate(stats_of(values[index]), spec)
+        alone = calibrate(stats_of(values[index]), spec)
         for a, b in zip(together, alone, strict=True):
             np.testing.assert_allclose(a[index], b, rtol=SCALE_TOLERANCE)
 
 
 def test_an_unknown_observer_is_refused():
     with pytest.raises(ValueError, match="observer='max': expected 'minmax'"):
-        observers.calibrate(stats_of(np.ones(4)), spec_of(observer='max'))
+        calibrate(stats_of(np.ones(4)), spec_of(observer='max'))
 
 
 def test_a_tensor_of_zeros_stays_zero():
     for observer in ('minmax', 'percentile', 'mse'):
-        scale, zero_point = observers.calibrate(stats_of(np.zeros(8)), spec_of(observer=observer))
+        scale, zero_point = calibrate(stats_of(np.zeros(8)), spec_of(observer=observer))
         assert float(scale) > 0 and float(zero_point) == 0
 
 
@@ -144,7 +150,7 @@ def test_a_tensor_of_zeros_stays_zero():
 def test_a_sample_sees_every_channel_equally_often(shape):
     num_values = 1024
     channel = np.broadcast_to(np.arange(shape[-1], dtype=np.float32), shape)
-    values = np.asarray(observers.observe(jnp.asarray(channel), num_values).values)
+    values = np.asarray(observe(jnp.asarray(channel), num_values).values)
     counts = np.bincount(values.astype(int), minlength=shape[-1])
     assert counts.min() >= 1
     assert counts.max() - counts.min() <= max(1, num_values // (np.prod(shape) // shape[-1]))
@@ -155,27 +161,27 @@ def test_a_sample_is_spread_over_images_rows_and_columns(axis):
     shape, num_values = (16, 16, 16, 32), 1024
     position = np.arange(16, dtype=np.float32).reshape([-1 if i == axis else 1 for i in range(4)])
     x = jnp.asarray(np.broadcast_to(position, shape))
-    counts = np.bincount(np.asarray(observers.observe(x, num_values).values, int), minlength=16)
+    counts = np.bincount(np.asarray(observe(x, num_values).values, int), minlength=16)
     # 64 each if perfectly even; a random sample would vary by 8.
     assert abs(counts - 64).max() <= 24
 
 
 def test_a_sample_holds_distinct_values_while_there_are_enough():
     x = jnp.arange(5000, dtype=jnp.float32).reshape(50, 100)
-    stats = observers.observe(x, 700)
+    stats = observe(x, 700)
     assert len(np.unique(stats.values)) == 700
     assert (float(stats.low), float(stats.high)) == (0.0, 4999.0)
 
 
 def test_a_small_tensor_is_repeated_evenly():
-    values = np.asarray(observers.observe(jnp.asarray([1.0, 2.0, 5.0]), 7).values)
+    values = np.asarray(observe(jnp.asarray([1.0, 2.0, 5.0]), 7).values)
     assert sorted(np.bincount(values.astype(int))[[1, 2, 5]]) == [2, 2, 3]
 
 
 def test_observing_has_no_gradient_and_is_float32():
-    stats = observers.observe(jnp.ones((4,), jnp.bfloat16), 4)
+    stats = observe(jnp.ones((4,), jnp.bfloat16), 4)
     assert {leaf.dtype for leaf in jax.tree.leaves(stats)} == {jnp.dtype('float32')}
-    gradient = jax.grad(lambda x: jnp.sum(observers.observe(x, 4).values))(jnp.ones(4))
+    gradient = jax.grad(lambda x: jnp.sum(observe(x, 4).values))(jnp.ones(4))
     np.testing.assert_array_equal(gradient, np.zeros(4))
 
 
@@ -199,7 +205,7 @@ def test_a_running_range_moves_by_one_minus_momentum():
 @pytest.mark.parametrize('size, block', [(40, 5), (38, 5), (8, 1)])
 def test_the_extremes_are_those_of_every_block(size, block):
     x = np.random.default_rng(0).standard_normal(size).astype(np.float32)
-    stats = observers.observe(jnp.asarray(x), 8)
+    stats = observe(jnp.asarray(x), 8)
     wrapped = np.resize(x, 8 * block).reshape(8, block)
     want = np.concatenate([wrapped.min(1), wrapped.max(1)])
     np.testing.assert_array_equal(stats.extremes, want)
@@ -214,11 +220,11 @@ def test_an_outlier_that_the_sample_missed_counts_in_the_search(bits):
     x = np.random.default_rng(0).standard_normal(40_000).astype(np.float32)
     x[[123, 4567, 30_001]] = 9.0, -8.0, 12.0
     spec = spec_of(bits)
-    observed = observers.observe(jnp.asarray(x), 512)
+    observed = observe(jnp.asarray(x), 512)
     assert not np.isin([9.0, -8.0, 12.0], np.asarray(observed.values)).any()
-    seen, _ = observers.search_scale(observed, spec)
-    all_values, _ = observers.search_scale(stats_of(x), spec)
-    sample_only, _ = observers.search_scale(observed._replace(extremes=None, count=None), spec)
+    seen, _ = search_scale(observed, spec)
+    all_values, _ = search_scale(stats_of(x), spec)
+    sample_only, _ = search_scale(observed._replace(extremes=None, count=None), spec)
     # 512 values stand for 40,000: a few candidates of one per cent to either side.
     assert float(seen) == pytest.approx(float(all_values), rel=0.1)
     assert abs(float(sample_only) - float(all_values)) > abs(float(seen) - float(all_values))
@@ -248,7 +254,7 @@ def test_weights_are_calibrated_from_all_values_that_share_a_scale(name, shape):
     options, owner = WEIGHTS[name]
     spec = spec_of(4, observer='minmax', **options)
     weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-    scale, zero_point = observers.calibrate_weight(jnp.asarray(weight), spec)
+    scale, zero_point = calibrate_weight(jnp.asarray(weight), spec)
     assert scale.shape == zero_point.shape == scale_shape(shape, spec)
     members = {}
     for index in np.ndindex(shape):
@@ -264,23 +270,23 @@ def test_weights_are_calibrated_from_all_values_that_share_a_scale(name, shape):
 def test_an_error_search_of_a_weight_uses_each_channel_alone():
     weight = np.random.default_rng(0).standard_normal((3, 3, 4, 2)).astype(np.float32)
     spec = spec_of(3, symmetric=True, per_channel=True)
-    scale, _ = observers.calibrate_weight(jnp.asarray(weight), spec)
+    scale, _ = calibrate_weight(jnp.asarray(weight), spec)
     for channel in range(2):
-        alone, _ = observers.search_scale(stats_of(weight[..., channel].reshape(-1)), spec)
+        alone, _ = search_scale(stats_of(weight[..., channel].reshape(-1)), spec)
         assert float(scale[0, 0, 0, channel]) == pytest.approx(float(alone), rel=SCALE_TOLERANCE)
 
 
 def with_channels(seed=0, channels=5, num_values=64):
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal((3, 4, channels)) * 2.0 ** np.arange(channels)).astype(np.float32)
-    return x, observers.observe(jnp.asarray(x), num_values, channels=True)
+    return x, observe(jnp.asarray(x), num_values, channels=True)
 
 
 def test_ranges_of_channels_are_those_of_the_last_axis_and_only_on_demand():
     x, stats = with_channels()
     np.testing.assert_array_equal(stats.channel_low, x.min((0, 1)))
     np.testing.assert_array_equal(stats.channel_high, x.max((0, 1)))
-    plain = observers.observe(jnp.asarray(x), 64)
+    plain = observe(jnp.asarray(x), 64)
     assert plain.channel_low is None and plain.channels is None
     np.testing.assert_array_equal(plain.values, stats.values)
 
@@ -289,7 +295,7 @@ def test_statistics_of_scaled_channels_are_those_of_the_scaled_tensor():
     x, stats = with_channels()
     factor = np.float32([4, 2, 1, 0.5, 0.25])
     got = observers.scale_channels(stats, jnp.asarray(factor))
-    want = observers.observe(jnp.asarray(x * factor), 64, channels=True)
+    want = observe(jnp.asarray(x * factor), 64, channels=True)
     for name in ('low', 'high', 'values', 'count', 'channel_low', 'channel_high', 'channels'):
         np.testing.assert_array_equal(getattr(got, name), getattr(want, name), err_msg=name)
     # Its extremes are attained, and the widest are among them.
