@@ -1,6 +1,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -58,9 +59,12 @@ def test_a_condition_may_be_given_in_place_of_a_label(stable_diffusion):
     teacher = load_teacher(stable_diffusion, prompts=['a cat', 'a'])
     x = np.random.default_rng(0).standard_normal((2, 4, 4, 4)).astype(np.float32)
     table = teacher.params['conditions']['context']
-    by_label = teacher.predict(teacher.params, x, np.int32(9), np.array([1, 0], np.int32))
-    given = teacher.predict(teacher.params, x, np.int32(9), {'context': table[np.array([1, 0])]})
+    y = np.array([1, 0], np.int32), {'context': table[np.array([1, 0])]}
+    by_label, given = jax.jit(
+        lambda params, y: [teacher.predict(params, x, np.int32(9), each) for each in y]
+    )(teacher.params, y)
     np.testing.assert_array_equal(by_label, given)
+    assert (given[0] != given[1]).any()
 
 
 @pytest.mark.parametrize('variant', ['bin', 'fp16.bin', 'fp16.safetensors', 'sharded bin'])

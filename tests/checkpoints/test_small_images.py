@@ -1,5 +1,6 @@
 """ADM's upsampler and the small images that it enlarges."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -32,10 +33,10 @@ def test_an_upsampler_enlarges_the_small_images_of_a_file(tmp_path):
     teacher = upsampler(tmp_path, low_res=str(file))
     assert teacher.info.num_classes == 3 and teacher.info.image_shape == (8, 8, 3)
     x = np.random.default_rng(1).standard_normal((2, 8, 8, 3)).astype(np.float32)
-    said = teacher.predict(teacher.params, x, np.int32(9), np.array([2, 0]))
+    said = jax.jit(teacher.predict)(teacher.params, x, np.int32(9), np.array([2, 0], np.int32))
     params = {name: leaf for name, leaf in teacher.params.items() if name != 'conditions'}
-    wanted = unwrapped(teacher.network).apply(
-        {'params': params}, x, np.int32(9), np.array([0, 3]),
+    wanted = jax.jit(unwrapped(teacher.network).apply)(
+        {'params': params}, x, np.int32(9), np.array([0, 3], np.int32),
         low_res=images[[2, 0]].astype(np.float32) / np.float32(127.5) - 1,
     )  # fmt: skip
     # Pixels of both sides differ by a rounding.

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,21 +36,26 @@ POWER_LAWS = [power_law(2.5), power_law(3.0)]
 OTHERS = [exponential(0.1), exponential(0.3), even()]
 
 
+@jax.jit
+def observe(moments):
+    return jax.vmap(lambda x: observers.observe(x, 1024))(moments)
+
+
 def observed(*moments):
     """Statistics of a softmax, one row for each of `moments`."""
-    rows = [observers.observe(jnp.asarray(x), 1024) for x in moments]
-    tensor = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+    tensor = observe(np.stack(moments))
     return {'attention/mix': {'lhs': tensor, 'rhs': tensor}}
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def init(stats, config):
     return adaptive_softmax.init(PLAN, stats, base.init_inputs(PLAN, stats), config)
 
 
+@jax.jit
 def error(x, table, i):
     row = {name: jnp.asarray(entry)[i] for name, entry in table.items()}
-    x = jnp.asarray(x)
-    return float(jnp.mean((fake_quantize_input(x, row, INPUT) - x) ** 2))
+    return jnp.mean((fake_quantize_input(x, row, INPUT) - x) ** 2)
 
 
 def oracle_ratio(values, quantile):
