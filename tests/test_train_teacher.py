@@ -1,17 +1,20 @@
 import dataclasses
+import functools
 import json
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from dmq_jax import config as config_lib
-from dmq_jax import teachers, train_teacher
+from dmq_jax import teachers, train_classifier, train_teacher
 from dmq_jax.metrics import classifier
 from dmq_jax.runtime import log
 from tests import tiny
 
-NUM_ITERATIONS = 4
+NUM_ITERATIONS, CHECKPOINT_EVERY = 4, 2
 
 
 @pytest.fixture(scope='module')
@@ -34,7 +37,8 @@ def make_config(data, **changes):
             },
             'classifier': {'num_epochs': 1, 'batch_size': 16},
             'num_iterations': NUM_ITERATIONS, 'batch_size': 8, 'warmup_iterations': 2,
-            'log_every': 3, 'checkpoint_every': 2, 'preview_every': 100,
+            'log_every': 3, 'checkpoint_every': CHECKPOINT_EVERY, 'preview_every': 100,
+            'mesh': {'data': 2},
             **changes,
         },
         config_lib.TrainTeacherConfig,
@@ -42,36 +46,40 @@ def make_config(data, **changes):
 
 
 @pytest.fixture(scope='module')
-def uninterrupted(data, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp('whole')
-    train_teacher.run(make_config(data), workdir)
-    return workdir
-
-
-class Killed(BaseException):
-    """What a kill is to the code: nothing catches it."""
-
-
-def test_an_interrupted_training_ends_with_the_same_weights(
-    data, uninterrupted, tmp_path, monkeypatch
-):
+def folders(data, tmp_path_factory):
+    """Of a whole run, and what a kill after the first checkpoint would have left of it."""
+    workdir, killed = (tmp_path_factory.mktemp(name) for name in ('whole', 'killed'))
     save = train_teacher.Checkpoints.save
 
-    def save_and_die(self, step, tree):
+    def save_and_copy(self, step, tree):
         save(self, step, tree)
-        raise Killed
+        if step == CHECKPOINT_EVERY:
+            self.wait()
+            shutil.copytree(workdir, killed, dirs_exist_ok=True)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train_teacher.Checkpoints, 'save', save_and_die)
-        with pytest.raises(Killed):
-            train_teacher.run(make_config(data), tmp_path)
-    assert not (tmp_path / 'bars_teacher.safetensors').exists()
+    # One of two stages is sooner compiled than one of three.
+    train_small = functools.partial(train_classifier.run, features=8, widths=(8,))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_teacher.Checkpoints, 'save', save_and_copy)
+        patch.setattr(train_classifier, 'run', train_small)
+        train_teacher.run(make_config(data), workdir)
+    return workdir, killed
+
+
+@pytest.fixture(scope='module')
+def uninterrupted(folders):
+    return folders[0]
+
+
+def test_an_interrupted_training_ends_with_the_same_weights(data, folders):
+    _, killed = folders
+    assert [line['step'] for line in log.read_metrics(killed)] == [2]
+    assert not (killed / 'bars_teacher.safetensors').exists()
     # What only decides how often something is written may change.
-    train_teacher.run(make_config(data, log_every=1), tmp_path)
-    expected = teachers.load_teacher(uninterrupted / 'bars_teacher.safetensors')
-    found = teachers.load_teacher(tmp_path / 'bars_teacher.safetensors')
-    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
-    assert [line['step'] for line in log.read_metrics(tmp_path)] == [2, 3, 4]
+    train_teacher.run(make_config(data, log_every=1), killed)
+    expected, found = (load_file(path / 'bars_teacher.safetensors') for path in folders)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert [line['step'] for line in log.read_metrics(killed)] == [2, 3, 4]
 
 
 def test_every_file_is_there_and_they_belong_together(uninterrupted):
@@ -93,12 +101,20 @@ def test_other_options_in_the_same_folder_are_refused(data, uninterrupted):
         train_teacher.run(make_config(data, label_dropout=0.5), uninterrupted)
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_step(data, uninterrupted, tmp_path):
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(
+    data, uninterrupted, tmp_path, monkeypatch
+):
     for name in ('bars_classifier.safetensors',):
         (tmp_path / name).write_bytes((uninterrupted / name).read_bytes())
-    config = make_config(data, learning_rate=1e30, warmup_iterations=0)
+    losses = iter([0.5, np.inf])
+
+    def diverging(state, images, labels, indices):
+        return state._replace(step=state.step + 1), np.float32(next(losses))
+
+    monkeypatch.setattr(train_teacher, 'make_untrained', lambda config, channels: tiny.teacher())
+    monkeypatch.setattr(train_teacher, 'make_train_step', lambda config, denoiser: diverging)
     with pytest.raises(FloatingPointError, match=r'at step 2; lower learning_rate'):
-        train_teacher.run(config, tmp_path)
+        train_teacher.run(make_config(data), tmp_path)
     assert not list((tmp_path / 'checkpoints').glob('[0-9]*'))
 
 

@@ -3,6 +3,7 @@
 Only process 0 writes; in the others every writer is silent.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -10,8 +11,9 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +199,9 @@ def versions() -> dict[str, str]:
 
 class _TensorboardXEvents:
     def __init__(self, folder: Path):
-        import tensorboardX
+        # To take its tensors too, tensorboardX imports PyTorch: for two seconds and 200 MB.
+        with _unseen('torch'):
+            import tensorboardX
 
         self._writer = tensorboardX.SummaryWriter(str(folder))
 
@@ -213,6 +217,19 @@ class _TensorboardXEvents:
 
     def close(self):
         self._writer.close()
+
+
+@contextlib.contextmanager
+def _unseen(module: str) -> Iterator[None]:
+    """Within it, importing a module that nobody has imported fails as if it were not there."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # what the import system documents for this
+    try:
+        yield
+    finally:
+        del sys.modules[module]
 
 
 class _CluEvents:

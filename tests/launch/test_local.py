@@ -25,8 +25,12 @@ SCRIPT = ROOT / 'launch' / 'local.sh'
 
 
 def start(count, *arguments, cache=None, devices=1, module='dmq_jax.main'):
-    environ = {**os.environ, 'PYTHON': sys.executable, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '',
-               'CPU_DEVICES': str(devices), 'MODULE': module}  # fmt: skip
+    # Compiled as here, on other devices.
+    flags = os.environ.get('XLA_FLAGS', '').split()
+    flags = [flag for flag in flags if 'device_count' not in flag]
+    environ = {**os.environ, 'PYTHON': sys.executable, 'JAX_PLATFORMS': 'cpu',
+               'XLA_FLAGS': ' '.join(flags), 'CPU_DEVICES': str(devices),
+               'MODULE': module}  # fmt: skip
     if cache is not None:
         environ |= {'JAX_COMPILATION_CACHE_DIR': str(cache),
                     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0'}  # fmt: skip

@@ -102,13 +102,16 @@ def test_only_process_zero_writes(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_importing_the_module_loads_no_writer():
+def test_importing_the_module_loads_no_writer_and_making_one_no_pytorch(tmp_path):
     script = (
         'import sys; from dmq_jax.runtime import log; '
-        'assert not {"tensorboardX", "clu", "tensorflow"} & set(sys.modules)'
+        'assert not {"tensorboardX", "clu", "tensorflow"} & set(sys.modules); '
+        'log.make_writer(sys.argv[1]).close(); '
+        'assert "tensorflow" in sys.modules or "torch" not in sys.modules'
     )
     environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parents[2])}
-    assert subprocess.run([sys.executable, '-c', script], env=environment).returncode == 0
+    done = subprocess.run([sys.executable, '-c', script, str(tmp_path)], env=environment)
+    assert done.returncode == 0
 
 
 @dataclasses.dataclass
