@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from dmq_jax import pipeline
 from dmq_jax.runtime import hosts, log
 from dmq_jax.runtime import parts as parts_lib
 from tests import test_pipeline as story
@@ -139,25 +140,30 @@ def test_an_error_of_the_user_ends_all_processes_with_its_status(tmp_path):
     assert 'nothing.py' in errors and 'Traceback' not in errors
 
 
-@pytest.mark.parametrize(
-    'counts', [(1, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)], ids=str
-)
-def test_several_processes_draw_what_one_draws(config_file, tmp_path, counts):
+def alone(config_file):
+    """The config file of a run without students."""
     file = config_file.with_name('teacher_alone.py')
     file.write_text(config_file.read_text().replace('return config', ALONE))
+    return file
+
+
+@pytest.mark.parametrize('counts', [(2,), pytest.param((1, 2, 4), marks=pytest.mark.slow)], ids=str)
+def test_several_processes_draw_what_one_draws(config_file, tmp_path, counts):
+    file = alone(config_file)
     num_devices = max(counts)
     arguments = [f'--config={file}', f'--config.mesh.data={num_devices}']
     arguments += ['--stages=sample,evaluate']
-    cache = tmp_path / 'compiled'
     runs = [
-        start(count, *arguments, f'--workdir={tmp_path}/{count}', devices=num_devices // count,
-              cache=cache)
+        start(count, *arguments, f'--workdir={tmp_path}/{count}', devices=num_devices // count)
         for count in counts
-    ]  # fmt: skip
+    ]
+    # The command is no more than this, with options from the command line.
+    config = story.read_config(file, mesh__data=num_devices)
+    pipeline.run(config, tmp_path / 'one', ('sample', 'evaluate'))
     for process in runs:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-    one, *others = (tmp_path / str(count) for count in counts)
+    one, *others = (tmp_path / str(name) for name in ('one', *counts))
     for several in others:
         images = [run / 'samples' / 'teacher' / 'images.npz' for run in (one, several)]
         assert images[0].read_bytes() == images[1].read_bytes()
@@ -216,7 +222,7 @@ SHARE, CONSTANT_MB = 1.25, 100
 
 
 def test_a_process_reads_its_part_of_weights_that_are_spread(tmp_path):
-    count = 4
+    count = 2
     file = test_memory.write_checkpoint(tmp_path, 'safetensors', num_layers=36)
     process = start(
         count, f'--out={tmp_path}/found', f'--path={file}', module='tests.launch.loaded'
@@ -231,23 +237,17 @@ def test_a_process_reads_its_part_of_weights_that_are_spread(tmp_path):
 
 
 def test_a_teacher_spread_over_processes_draws_what_it_draws_in_one(config_file, tmp_path):
-    file = config_file.with_name('teacher_alone.py')
-    file.write_text(config_file.read_text().replace('return config', ALONE))
+    file, several = alone(config_file), tmp_path / 'several'
     arguments = [f'--config={file}', '--config.mesh.data=1', '--config.mesh.fsdp=2']
-    cache, images = tmp_path / 'compiled', []
-    for count in 1, 2:
-        process = start(
-            count, *arguments, '--stages=sample', f'--workdir={tmp_path}/{count}', cache=cache,
-            devices=2 // count,
-        )  # fmt: skip
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        images.append((tmp_path / str(count) / 'samples/teacher/images.npz').read_bytes())
-    assert images[0] == images[1]
+    arguments += ['--stages=sample', f'--workdir={several}']
+    process = start(2, *arguments)
+    pipeline.run(story.read_config(file, mesh__data=1, mesh__fsdp=2), tmp_path / 'one', ('sample',))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    images = [tmp_path / name / 'samples/teacher/images.npz' for name in ('one', 'several')]
+    assert images[0].read_bytes() == images[1].read_bytes()
     # The teacher is the same to whoever goes on, or there would be images of another.
-    process = start(
-        1, *arguments, '--stages=sample', f'--workdir={tmp_path}/2', cache=cache, devices=2
-    )
+    process = start(1, *arguments, devices=2)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
 
@@ -261,10 +261,8 @@ MANY_BATCH = 100
 def test_many_images_drawn_by_other_numbers_of_processes_after_a_kill_are_the_same_file(
     config_file, tmp_path
 ):
-    file = config_file.with_name('teacher_alone.py')
-    file.write_text(config_file.read_text().replace('return config', ALONE))
     arguments = [
-        f'--config={file}', '--config.mesh.data=4', '--stages=sample',
+        f'--config={alone(config_file)}', '--config.mesh.data=4', '--stages=sample',
         f'--config.sample.num_images={MANY}', f'--config.sample.batch_size={MANY_BATCH}',
     ]  # fmt: skip
     cache, workdir = tmp_path / 'compiled', tmp_path / 'killed'
