@@ -1,10 +1,12 @@
 """The model of costs beside what XLA reports for emulated devices."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
-from dmq_jax import costs, denoisers, inspect, sampling
+from dmq_jax import costs, denoisers, inspect, sampling, teachers
 from dmq_jax.runtime import mesh
 from tests import tiny
 
@@ -25,10 +27,28 @@ KEPT = (0.98, 1.01)
 SENT = (0.98, 1.1)
 
 
+def traced_once(make):
+    """`make`, which gives the same program for the same arguments: JAX traces that once."""
+    made = {}
+
+    @functools.wraps(make)
+    def remembered(teacher, batch_size, device_mesh=None):
+        key = id(teacher), batch_size, device_mesh
+        if key not in made:
+            made[key] = teacher, make(teacher, batch_size, device_mesh)
+        return made[key][1]
+
+    return remembered
+
+
+sampling_step = traced_once(costs.sampling_step)
+finetuning_step = traced_once(costs.finetuning_step)
+
+
 @pytest.fixture(scope='module')
 def plain():
-    """Without attention: sooner compiled."""
-    network = tiny.NETWORK.clone(down_attention=(False,))
+    """Without attention and blocks on the way down: sooner compiled."""
+    network = tiny.NETWORK.clone(down_attention=(False,), layers_per_block=0)
     shapes = denoisers.param_shapes(network, tiny.INFO)
     return denoisers.float_denoiser(network, shapes, tiny.INFO)
 
@@ -54,7 +74,7 @@ def by_kind(cost):
 
 @pytest.mark.parametrize('shape', [(1, 1, 1), (1, 4, 1), (2, 2, 2)])
 def test_a_sampling_step_costs_what_xla_reports(shape):
-    model, compiled = both(costs.sampling_step, tiny.teacher(), shape)
+    model, compiled = both(sampling_step, tiny.teacher(), shape)
     assert_within(model, compiled, 'flops', OPERATIONS)
     assert_within(model, compiled, 'bytes_moved', BYTES_MOVED)
     assert_within(model, compiled, 'temporary', TEMPORARY)
@@ -68,7 +88,7 @@ def test_a_sampling_step_costs_what_xla_reports(shape):
     'shape', [(2, 2, 1), *(pytest.param(s, marks=pytest.mark.slow) for s in [(4, 1, 1), (1, 4, 1)])]
 )
 def test_a_finetuning_step_costs_what_xla_reports(plain, shape):
-    model, compiled = both(costs.finetuning_step, plain, shape)
+    model, compiled = both(finetuning_step, plain, shape)
     assert_within(model, compiled, 'flops', OPERATIONS)
     assert_within(model, compiled, 'bytes_moved', BYTES_MOVED)
     assert_within(model, compiled, 'temporary', TEMPORARY)
@@ -77,7 +97,7 @@ def test_a_finetuning_step_costs_what_xla_reports(plain, shape):
     assert {e.kind for e in model.collectives} == {e.kind for e in compiled.collectives}
 
 
-@pytest.mark.parametrize('make', [costs.sampling_step, costs.finetuning_step])
+@pytest.mark.parametrize('make', [sampling_step, finetuning_step])
 def test_operations_are_those_that_the_program_states(plain, make):
     model = costs.modelled(make, plain, 4, costs.Shape(1, 1, 1))
     program = make(plain, 4)
@@ -89,7 +109,7 @@ def test_operations_are_those_that_the_program_states(plain, make):
 def test_devices_divide_what_the_model_says_they_divide():
     teacher = tiny.teacher()
     one, data, fsdp = (
-        costs.modelled(costs.sampling_step, teacher, 16, costs.Shape(*shape))
+        costs.modelled(sampling_step, teacher, 16, costs.Shape(*shape))
         for shape in [(1, 1, 1), (8, 1, 1), (1, 8, 1)]
     )
     assert one.flops == pytest.approx(8 * data.flops, rel=0.01) and data.flops == fsdp.flops
@@ -158,12 +178,11 @@ def test_a_large_network_is_costed_from_shapes_alone():
     assert cost.sent == pytest.approx(kernels * 7 / 8, rel=0.01)
 
 
-def test_the_command_says_what_a_mesh_costs(capsys, tmp_path):
-    from tests import tiny_checkpoints
-
-    folder = str(tiny_checkpoints.ddpm_folder(tmp_path))
+def test_the_command_says_what_a_mesh_costs(plain, capsys, tmp_path):
+    file = str(tmp_path / 'teacher.safetensors')
+    teachers.save_teacher(file, plain_with_numbers(plain))
     options = ['--mesh=data=2,fsdp=4', '--compile=never', '--device=h100']
-    assert inspect.main([folder, '--batch-size=16', *options]) == 0
+    assert inspect.main([file, '--batch-size=16', *options]) == 0
     out = capsys.readouterr().out
     for text in (
         'data=2, fsdp=4, 8 in all',
@@ -172,9 +191,9 @@ def test_the_command_says_what_a_mesh_costs(capsys, tmp_path):
         'all-reduce of 8',
     ):
         assert text in out, out
-    assert inspect.main([folder, '--batch-size=12', *options]) == 2
+    assert inspect.main([file, '--batch-size=12', *options]) == 2
     assert '--batch-size=12 is not divisible by the 8 parts' in capsys.readouterr().err
-    assert inspect.main([folder, '--mesh=data=2,model=2']) == 2
+    assert inspect.main([file, '--mesh=data=2,model=2']) == 2
     assert 'data=N' in capsys.readouterr().err
 
 
