@@ -219,8 +219,6 @@ def make_programs(
         # Min-max ranges: a search would take longer than the benchmark.
         weight_observer='minmax', activation_observer='minmax',
     )  # fmt: skip
-    layers = denoisers.quantizable(teacher)
-    plan = denoisers.make_plan(layers, quant, teacher.network)
     timesteps = np.linspace(990, 0, method_bench.TABLE_STEPS).astype(np.int32)
     key = jax.random.key(0)
     float_teacher = teacher._replace(params=stored_as(teacher.params, config.dtype))
@@ -254,13 +252,19 @@ def make_programs(
         )
         return compile_program(predict, (denoiser.params, x, t, labels))
 
+    @functools.cache
+    def quantized():
+        layers = denoisers.quantizable(teacher)
+        return layers, denoisers.make_plan(layers, quant, teacher.network)
+
     def begin(options):
+        layers, plan = quantized()
         method = methods.make(options, plan)
         stats = method_bench.made_up_stats(plan, layers)
-        return method, programs_lib.call_once(method.init, teacher.params, stats, key)
+        return plan, method, programs_lib.call_once(method.init, teacher.params, stats, key)
 
     def finetuning():
-        method, state = begin(EfficientDMConfig())
+        plan, method, state = begin(EfficientDMConfig())
         train_step, arguments = method_bench.finetuning_step(
             teacher, method, plan, timesteps, state, config.batch_size
         )
@@ -273,7 +277,7 @@ def make_programs(
 
     @functools.cache
     def student():
-        method, state = begin(RoundToNearestConfig())
+        plan, method, state = begin(RoundToNearestConfig())
         bound = programs_lib.call_once(method.bind, teacher.params, state)
         exported = exporting.make(teacher, plan, bound, timesteps, 'nearest')
         exported = exported._replace(params=stored_as(exported.params, config.dtype))

@@ -170,6 +170,7 @@ def make_inputs(case: Case, batch_size: int) -> tuple[tuple, dict[str, Any]]:
     return inputs, named
 
 
+@functools.cache
 def case_shapes(case: Case) -> PyTree:
     """Shapes of the parameters that a call needs."""
     inputs, named = jax.eval_shape(lambda: make_inputs(case, 1))

@@ -19,6 +19,7 @@ from dmq_jax.models.dit import DiT, PixArt
 from dmq_jax.models.ldm_unet import LDMUNet
 from dmq_jax.models.torch_weights import expected_tensors
 from dmq_jax.network_bench import Case
+from dmq_jax.runtime import memory
 
 # Parameters in millions, as published or counted by diffusers (decoders: their half alone).
 PARAMETERS = {
@@ -58,7 +59,18 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', network_bench.CASES)
+# Tracing them takes seconds. Without 'slow', tests/models/test_adm_weights.py, test_ldm_weights.py
+# and test_dit_weights.py compare these networks with the published ones tensor by tensor.
+LARGE = (
+    'adm_imagenet64', 'adm_imagenet256', 'ldm_imagenet256', 'ldm_bedrooms',
+    'sd15', 'sdxl', 'pixart',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'name',
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in LARGE)) for n in network_bench.CASES],
+)
 def test_every_case_is_the_published_network(name):
     assert network_bench.CASES.keys() == PARAMETERS.keys()
     shapes = network_bench.case_shapes(network_bench.make_case(name))
@@ -119,9 +131,9 @@ def test_a_measurement_has_all_its_numbers(tmp_path, monkeypatch):
 
 def test_the_peak_of_a_process_is_its_own_and_not_its_parents():
     held = np.ones(64 * 2**20, np.uint8)
-    script = 'from dmq_jax import network_bench; print(network_bench.peak_rss_mb())'
+    script = 'from dmq_jax.runtime import memory; print(memory.peak_rss_mb())'
     command = [sys.executable, '-c', f'{script}']
-    mine = network_bench.peak_rss_mb()
+    mine = memory.peak_rss_mb()
     child = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert held.sum() and mine > 64
     grown = f'import numpy; x = numpy.ones(100 * 2**20, numpy.uint8); {script}'
