@@ -13,10 +13,10 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from dmq_jax import costs, teachers
 from dmq_jax.runtime import hosts, mesh
@@ -57,7 +57,7 @@ def duration_s(program: costs.Program, device_mesh: mesh.Mesh) -> float:
     """The median of several calls with arrays of zeros, in seconds."""
     executable = costs.compile_program(program, device_mesh)
     placement = executable.input_shardings[0]
-    kept, weights, rest = jax.tree.map(_zeros, executable.in_avals[0], placement)
+    kept, weights, rest = _zeros(executable.in_avals[0], placement)
     spent = []
     for _ in range(_NUM_CALLS + 2):
         began = time.perf_counter()
@@ -68,13 +68,14 @@ def duration_s(program: costs.Program, device_mesh: mesh.Mesh) -> float:
     return statistics.median(spent[2:])
 
 
-def _zeros(aval: Any, sharding: Any) -> jax.Array:
-    def make():
+def _zeros(avals: PyTree, placement: PyTree) -> PyTree:
+    def make(aval):
         if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
             return jnp.broadcast_to(jax.random.key(0), aval.shape)
         return jnp.zeros(aval.shape, aval.dtype)
 
-    return jax.jit(make, out_shardings=sharding)()
+    # All by one program, not by one for every shape.
+    return jax.jit(lambda: jax.tree.map(make, avals), out_shardings=placement)()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,9 +9,11 @@ import pytest
 from tests import terminal
 from tests.terminal import ROOT
 
+# Of the processes of a run, whose module loads JAX, tests/launch knows more.
 DRIVER = """
-import sys, types
+import contextlib, sys, types
 import dmq_jax
+from dmq_jax import runtime
 
 def run(config, workdir, stages):
     student = config.students['w4']
@@ -25,6 +27,11 @@ pipeline = types.ModuleType('dmq_jax.pipeline')
 pipeline.STAGES = ('calibrate', 'finetune', 'sample')
 pipeline.run, pipeline.dry_run = run, dry_run
 dmq_jax.pipeline = sys.modules['dmq_jax.pipeline'] = pipeline
+
+hosts = types.ModuleType('dmq_jax.runtime.hosts')
+hosts.find_cluster, hosts.join = (lambda environ, **given: None), (lambda cluster: None)
+hosts.ending_together = contextlib.nullcontext
+runtime.hosts = sys.modules['dmq_jax.runtime.hosts'] = hosts
 
 from dmq_jax import main
 main.main()

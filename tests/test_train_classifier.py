@@ -1,7 +1,7 @@
+import functools
 import io
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -36,16 +36,22 @@ def trained():
     return train()
 
 
+@pytest.fixture(scope='module')
+def again():
+    """The same, watched by a bar, and that bar."""
+    with Progress(console=Console(file=io.StringIO())) as progress:
+        return train(progress=progress), progress
+
+
 def test_accuracy_on_new_images_is_far_above_chance(trained):
     assert trained.test_accuracy > 2 * CHANCE
     assert trained.network.metadata['test_accuracy'] == round(trained.test_accuracy, 4)
 
 
-def test_equal_arguments_give_equal_weights_and_another_seed_others(trained):
-    again, other = train(), train(seed=1)
-    jax.tree.map(np.testing.assert_array_equal, again.network.params, trained.network.params)
-    difference = again.network.params['stem']['kernel'] - other.network.params['stem']['kernel']
-    assert np.abs(difference).max() > 0
+def test_equal_arguments_give_equal_weights_and_another_seed_others(trained, again):
+    same, other = (result.network.params for result in (again[0], train(seed=1)))
+    jax.tree.map(np.testing.assert_array_equal, same, trained.network.params)
+    assert np.abs(same['stem']['kernel'] - other['stem']['kernel']).max() > 0
 
 
 def test_result_is_exactly_what_its_file_holds(trained, tmp_path):
@@ -71,19 +77,21 @@ def test_the_first_bad_step_is_named():
     assert train_classifier.check_losses(np.array([1.0, 2.0]), first_step=50) is None
 
 
-def test_progress_reaches_the_last_step():
-    with Progress(console=Console(file=io.StringIO())) as progress:
-        train(num_epochs=1, progress=progress)
-    assert progress.tasks[0].completed == progress.tasks[0].total == 6
-    assert 'loss' in progress.tasks[0].description
+def test_progress_reaches_the_last_step(again):
+    (task,) = again[1].tasks
+    assert task.completed == task.total == TINY['num_epochs'] * 96 // TINY['batch_size']
+    assert 'loss' in task.description
+
+
+def augment(images, seed, **options):
+    function = functools.partial(train_classifier.augment, **options)
+    return np.asarray(jax.jit(function)(images, jax.random.key(seed)))
 
 
 def test_augmentation_moves_by_at_most_max_shift():
     image = np.zeros((64, 9, 9, 1), np.uint8)
     image[:, 4, 4] = 255
-    moved = np.asarray(
-        train_classifier.augment(jnp.asarray(image), jax.random.key(0), max_shift=2, flip=False)
-    )
+    moved = augment(image, 0, max_shift=2, flip=False)
     positions = np.argwhere(moved == 255)
     assert len(positions) == 64
     offsets = positions[:, 1:3] - 4
@@ -92,13 +100,13 @@ def test_augmentation_moves_by_at_most_max_shift():
 
 
 def test_flip_mirrors_some_images_and_no_shift_keeps_the_rest():
-    images = jnp.asarray(toy_data(32, 2)[0])
-    flipped = train_classifier.augment(images, jax.random.key(1), max_shift=0, flip=True)
+    images = toy_data(32, 2)[0]
+    flipped = augment(images, 1, max_shift=0, flip=True)
     mirrored = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
     unchanged = (flipped == images).all(axis=(1, 2, 3))
     assert (mirrored | unchanged).all()
     assert 0 < mirrored.sum() < 32
-    same = train_classifier.augment(images, jax.random.key(1), max_shift=0, flip=False)
+    same = augment(images, 1, max_shift=0, flip=False)
     np.testing.assert_array_equal(same, images)
 
 

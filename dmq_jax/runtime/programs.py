@@ -140,8 +140,14 @@ def call_once(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def copied(tree: Any) -> Any:
-    """The arrays of `tree` anew, where they lie: by one program, not by one for every shape."""
-    placement = jax.tree.map(lambda leaf: getattr(leaf, 'sharding', None), tree)
+    """The arrays of `tree` anew, where they lie: by one program, not by one for every shape.
+
+    What was not placed explicitly is not so afterwards: a step of such a copy and of arrays that
+    are not would be compiled again for its own results, which all are.
+    """
+    placement = jax.tree.map(
+        lambda leaf: leaf.sharding if getattr(leaf, 'committed', False) else None, tree
+    )
     return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=placement)(tree)
 
 

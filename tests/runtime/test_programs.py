@@ -68,6 +68,11 @@ def test_copies_are_arrays_of_their_own_where_the_others_lie():
     jax.tree.map(np.testing.assert_array_equal, copies, tree)
     assert copies['a'].sharding == tree['a'].sharding
     assert copies['a'].unsafe_buffer_pointer() != tree['a'].unsafe_buffer_pointer()
+    # Placed explicitly only what was: a step of both kinds would be compiled twice.
+    placed = jax.device_put(np.ones(2), jax.devices()[-1])
+    copies = programs.copied({'a': placed})
+    assert copies['a'].committed and copies['a'].sharding == placed.sharding
+    assert not programs.copied(tree)['a'].committed
 
 
 def test_other_back_ends_are_told_nothing(asked_anew, monkeypatch):
