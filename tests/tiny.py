@@ -1,7 +1,6 @@
 """A teacher of a few thousand weights, and what is made from it, once per process.
 
-Weights are NumPy numbers: compiling an initialisation would take longer than most tests. They are
-put on the device, which `jnp.asarray` does by a program for every shape.
+Weights are NumPy numbers: compiling an initialisation would take longer than most tests.
 """
 
 import functools
@@ -42,9 +41,10 @@ def random_like(shapes, seed=0, scale=0.3):
 
     def draw(leaf):
         numbers = (scale * rng.standard_normal(leaf.shape)).astype(np.float16)
-        return jax.device_put(numbers.astype(np.float32))
+        return numbers.astype(np.float32)
 
-    return jax.tree.map(draw, shapes)
+    # `jnp.asarray` would compile a program for every shape.
+    return jax.device_put(jax.tree.map(draw, shapes))
 
 
 def random_denoiser(network, info=INFO, fill=random_like):
@@ -59,9 +59,9 @@ def like_initial(shapes):
 
     def draw(path, leaf):
         numbers = rng.standard_normal(leaf.shape) / np.sqrt(max(1, np.prod(leaf.shape[:-1])))
-        return jax.device_put((numbers + (path[-1].key == 'scale')).astype(np.float32))
+        return np.float32(numbers + (path[-1].key == 'scale'))
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+    return jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))
 
 
 @functools.cache

@@ -166,7 +166,8 @@ def load_classifier(path: str | Path) -> FeatureNetwork:
             f'{differing[0]!r}: {given.get(differing[0])}, expected {expected.get(differing[0])}. '
             'The file is damaged or was edited; write it again with save_classifier.'
         )
-    params = {name: jnp.asarray(tensor, jnp.float32) for name, tensor in tensors.items()}
+    # `jnp.asarray` would compile a program for every shape.
+    params = jax.device_put({name: np.float32(tensor) for name, tensor in tensors.items()})
     return FeatureNetwork(
         model, traverse_util.unflatten_dict(params, sep='/'), json.loads(header['metadata'])
     )

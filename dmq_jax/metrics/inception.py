@@ -429,9 +429,8 @@ def load_inception(path: str | os.PathLike | None = None) -> InceptionNetwork:
     with path.open('rb') as file:
         sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
     flat = inception_weights.read(path, _parameter_shapes())
-    params = traverse_util.unflatten_dict(
-        {name: jnp.asarray(array) for name, array in flat.items()}, sep='/'
-    )
+    # `jnp.asarray` would compile a program for every shape.
+    params = traverse_util.unflatten_dict(jax.device_put(dict(flat)), sep='/')
     return InceptionNetwork(InceptionV3(), params, sha256, path, compute_network_id(params))
 
 
