@@ -184,10 +184,20 @@ def files(tmp_path_factory):
     return folder
 
 
-def test_the_command_prints_adms_lines_and_writes_everything(files, weights, tmp_path, capsys):
+@pytest.fixture(scope='module')
+def workdir(tmp_path_factory):
+    """Of all commands: features are extracted once."""
+    return tmp_path_factory.mktemp('workdir')
+
+
+def test_the_command_prints_adms_lines_and_writes_everything(
+    files, weights, workdir, tmp_path, capsys, monkeypatch
+):
+    # Of matrices this large it takes seconds; here it matters where the number goes.
+    monkeypatch.setattr(adm, 'frechet_distance', lambda a, b: float(a.mean[0] - b.mean[0]))
     arguments = [
         str(files / 'real.npz'), str(files / 'fake'), f'--inception-weights={weights}',
-        '--batch-size=8', f'--workdir={tmp_path}', f'--json={tmp_path / "out.json"}',
+        '--batch-size=8', f'--workdir={workdir}', f'--json={tmp_path / "out.json"}',
         '--metrics=is,fid,pr',
     ]  # fmt: skip
     evaluate.command(arguments)
@@ -201,36 +211,32 @@ def test_the_command_prints_adms_lines_and_writes_everything(files, weights, tmp
     assert written['protocol']['samples']['source'] == f'{files / "fake"} (8 files)'
 
 
-def test_the_command_makes_a_reference(files, weights, tmp_path, capsys):
+def test_the_command_makes_a_reference(files, weights, workdir, tmp_path, capsys):
     path = tmp_path / 'made.npz'
     evaluate.command(
         ['--make-reference', str(path), str(files / 'fake'), '--batch-size=8',
-         f'--inception-weights={weights}', f'--workdir={tmp_path}']
+         f'--inception-weights={weights}', f'--workdir={workdir}']
     )  # fmt: skip
     assert sorted(npz.array_names(path)) == ['arr_0', 'mu', 'mu_s', 'sigma', 'sigma_s']
     assert f'reference: {path}' in capsys.readouterr().out
 
 
-def run_command(*arguments):
-    return subprocess.run(
-        [sys.executable, '-m', 'dmq_jax.evaluate', *map(str, arguments)],
+def test_without_weights_the_command_says_which_files_work(files):
+    done = subprocess.run(
+        [sys.executable, '-m', 'dmq_jax.evaluate', str(files / 'real.npz'), str(files / 'fake')],
         capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120,
         env={'PATH': '/usr/bin:/bin', 'JAX_PLATFORMS': 'cpu'},
     )  # fmt: skip
-
-
-def test_without_weights_the_command_says_which_files_work(files):
-    done = run_command(files / 'real.npz', files / 'fake')
     assert done.returncode == 2
     assert done.stderr.startswith('Error: ') and 'Traceback' not in done.stderr
     for part in ('classify_image_graph_def.pb', '6726825d', 'DMQ_INCEPTION_WEIGHTS'):
         assert part in done.stderr
 
 
-def test_one_set_too_few_is_a_mistake_of_the_command_line(files):
-    done = run_command(files / 'real.npz')
-    assert done.returncode == 2
-    assert '1 sets of images given, expected 2: REF SAMPLES' in done.stderr
+def test_one_set_too_few_is_a_mistake_of_the_command_line(files, capsys):
+    with pytest.raises(SystemExit, match='^2$'):
+        evaluate.command([str(files / 'real.npz')])
+    assert '1 sets of images given, expected 2: REF SAMPLES' in capsys.readouterr().err
 
 
 # -- as the features of a run ---------------------------------------------------------------------
