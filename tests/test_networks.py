@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 
 import jax
@@ -125,9 +126,17 @@ def test_rows_of_the_class_table_are_counted(network, rows):
     assert networks.class_rows(network) == rows
 
 
+@functools.cache
+def layers_of(network, **changes):
+    """Both presets are tested with every network, which is traced once."""
+    info = info_of(network, **changes)
+    shapes = denoisers.param_shapes(network, info)
+    return denoisers.quantizable(denoisers.float_denoiser(network, shapes, info))
+
+
 def specs(network, coverage, **changes):
     """(layers, plan) of a network under a preset."""
-    layers = denoisers.quantizable(tiny.random_denoiser(network, info_of(network, **changes)))
+    layers = layers_of(network, **changes)
     return layers, denoisers.make_plan(layers, QuantConfig(coverage=coverage), network)
 
 

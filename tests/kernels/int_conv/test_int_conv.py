@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,11 @@ def operands_for(algorithm, shape):
     return np.clip(x, -NARROW_X, NARROW_X), np.clip(w, -NARROW_W, NARROW_W), geometry
 
 
+def within_jit(function, *arrays, **options):
+    """A call as layers make it; by itself it would compile a program for every operation."""
+    return jax.jit(functools.partial(function, **options))(*arrays)
+
+
 def pad_values(batch_size):
     per_image = np.linspace(-128, 127, batch_size).astype(np.int32)
     return [0, -128, 127, np.int32(3), jnp.int32(-5), jnp.asarray(per_image), per_image]
@@ -73,12 +80,8 @@ def test_padding_holds_the_code_of_zero_of_all_images_or_of_each(name, implement
     shape = SMALL[name]
     x, w, geometry = operands(shape)
     for pad_value in pad_values(shape.B):
-        got = int_conv(
-            jnp.asarray(x),
-            jnp.asarray(w),
-            pad_value=pad_value,
-            implementation=implementation,
-            **geometry,
+        got = within_jit(
+            int_conv, x, w, pad_value=pad_value, implementation=implementation, **geometry
         )
         np.testing.assert_array_equal(got, oracle(x, w, **geometry, pad_value=pad_value))
 
@@ -140,7 +143,7 @@ def test_both_ends_of_the_range_are_exact_beyond_float32(w_code, x_code, impleme
 def test_layers_of_the_cifar_unet_are_exact(name):
     shape = REAL[name]._replace(B=1)
     x, w, geometry = operands(shape)
-    got = int_conv(jnp.asarray(x), jnp.asarray(w), pad_value=-7, **geometry)
+    got = within_jit(int_conv, x, w, pad_value=-7, **geometry)
     np.testing.assert_array_equal(got, oracle(x, w, **geometry, pad_value=-7))
 
 
@@ -151,14 +154,8 @@ def test_uneven_geometry_on_each_axis_is_exact():
     geometry = {'strides': (1, 2), 'padding': ((0, 1), (2, 0))}
     packed = packing.pack(w.reshape(4, 6, 20), 8)
     for implementation in PORTABLE:
-        got = int_conv(
-            jnp.asarray(x),
-            jnp.asarray(packed),
-            bits=8,
-            kernel_size=(2, 3),
-            implementation=implementation,
-            **geometry,
-        )
+        options = {'bits': 8, 'kernel_size': (2, 3), 'implementation': implementation}
+        got = within_jit(int_conv, x, packed, **options, **geometry)
         np.testing.assert_array_equal(got, oracle(x, w, **geometry))
 
 
@@ -201,7 +198,7 @@ def test_winograd_is_exact_at_both_ends_of_its_range(padding, signs):
         x = (sign * NARROW_X * np.broadcast_to(plane, (2, 7, 7, 40))).astype(np.int8)
         w = (NARROW_W * np.broadcast_to(plane[:, :3, :3], (3, 3, 3, 40))).astype(np.int8)
         geometry = {'strides': (1, 1), 'padding': padding}
-        got = winograd.int_conv(x, w, pad_value=sign * NARROW_X, **geometry)
+        got = within_jit(winograd.int_conv, x, w, pad_value=sign * NARROW_X, **geometry)
         want = oracle(x, w, **geometry, pad_value=sign * NARROW_X)
         np.testing.assert_array_equal(got, want)
 
@@ -212,7 +209,7 @@ def test_winograd_takes_images_in_groups_with_the_same_result(monkeypatch):
     monkeypatch.setattr(jax, 'device_count', lambda: 1)
     for group_bytes in (1, 64 * 12 * w.shape[0] * 2, 10**9):  # one image, two, all
         monkeypatch.setattr(winograd, 'GROUP_BYTES', group_bytes)
-        got = winograd.int_conv(x, w, pad_value=0, **geometry)
+        got = within_jit(winograd.int_conv, x, w, pad_value=0, **geometry)
         np.testing.assert_array_equal(got, want)
 
 
@@ -240,12 +237,12 @@ def test_winograd_refuses_what_would_not_fit_int8():
 
 def test_narrow_codes_take_winograd_on_a_cpu_without_int8_dots(monkeypatch):
     x, w, geometry = operands(SMALL['ragged']._replace(C=32, O=32))
-    x, w = jnp.asarray(x >> 4), jnp.asarray(w >> 4)
+    x, w = x >> 4, w >> 4
     for has_dot, expected in ((False, True), (True, False)):
         monkeypatch.setattr(cpu, 'has_int8_dot', lambda has_dot=has_dot: has_dot)
         with choices.recorded() as calls:
-            got = int_conv(x, w, x_max=8, w_max=8, **geometry)
-        np.testing.assert_array_equal(got, oracle(np.asarray(x), np.asarray(w), **geometry))
+            got = within_jit(int_conv, x, w, x_max=8, w_max=8, **geometry)
+        np.testing.assert_array_equal(got, oracle(x, w, **geometry))
         (call,) = calls
         assert call.op == 'int_conv' and call.implementation == 'xla'
         assert ('2.25 times fewer' in call.reason) == expected
@@ -334,8 +331,8 @@ def test_nothing_times_something_is_nothing(implementation, limit):
     options = {'x_max': limit, 'w_max': limit, 'implementation': implementation}
     geometry = {'strides': (1, 1), 'padding': ((1, 1), (1, 1))}
     for B, C, O in ((0, 32, 32), (2, 32, 0), (2, 0, 32)):  # noqa: E741
-        x, w = jnp.ones((B, 4, 5, C), jnp.int8), jnp.ones((O, 3, 3, C), jnp.int8)
-        got = int_conv(x, w, **options, **geometry)
+        x, w = np.ones((B, 4, 5, C), np.int8), np.ones((O, 3, 3, C), np.int8)
+        got = within_jit(int_conv, x, w, **options, **geometry)
         np.testing.assert_array_equal(got, np.zeros((B, 4, 5, O)))
 
 
