@@ -429,8 +429,9 @@ def load_inception(path: str | os.PathLike | None = None) -> InceptionNetwork:
     with path.open('rb') as file:
         sha256 = hashlib.file_digest(file, 'sha256').hexdigest()
     flat = inception_weights.read(path, _parameter_shapes())
-    # `jnp.asarray` would compile a program for every shape.
-    params = traverse_util.unflatten_dict(jax.device_put(dict(flat)), sep='/')
+    # Copies: a CPU would go on reading the mapped file. `jnp.array` compiles for every shape.
+    copies = {name: np.array(array) for name, array in flat.items()}
+    params = traverse_util.unflatten_dict(jax.device_put(copies), sep='/')
     return InceptionNetwork(InceptionV3(), params, sha256, path, compute_network_id(params))
 
 
