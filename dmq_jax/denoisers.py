@@ -6,6 +6,7 @@ a constant baked into it.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -324,6 +325,12 @@ def init_params(network: Network, info: DenoiserInfo, key: Array) -> PyTree:
 
 def param_shapes(network: Network, info: DenoiserInfo) -> PyTree:
     """What `init_params` would give, as shapes: nothing is computed."""
+    return jax.tree.map(lambda leaf: leaf, _param_shapes(network, info))
+
+
+# Seconds for a network of a thousand layers, and some ask for every student anew.
+@functools.lru_cache(maxsize=16)
+def _param_shapes(network: Network, info: DenoiserInfo) -> PyTree:
     return jax.eval_shape(lambda key: init_params(network, info, key), jax.random.key(0))
 
 
@@ -342,8 +349,17 @@ def balanced_labels(num_images: int, num_classes: int | None) -> Int[np.ndarray,
 
 def quantizable(teacher: Denoiser) -> dict[str, QuantizableLayer]:
     """Every layer of the teacher that could be quantized, by path."""
-    x, t, y = example_inputs(teacher.info, batch_size=1)
-    return quantizable_layers(teacher.network.apply, teacher.params, x, t, y)
+    leaves, structure = jax.tree.flatten(teacher.params)
+    kinds = tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves)
+    return dict(_quantizable(teacher.network, teacher.info, structure, kinds))
+
+
+@functools.lru_cache(maxsize=16)  # as `_param_shapes`
+def _quantizable(
+    network: Network, info: DenoiserInfo, structure: Any, kinds: tuple[jax.ShapeDtypeStruct, ...]
+) -> dict[str, QuantizableLayer]:
+    x, t, y = example_inputs(info, batch_size=1)
+    return quantizable_layers(network.apply, jax.tree.unflatten(structure, kinds), x, t, y)
 
 
 def paper_exempt(network: Network) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ language reads, and as an orbax checkpoint.
 """
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jaxtyping import Float, Int
@@ -37,6 +37,9 @@ from kernels import choices
 
 FORMAT = 'dmq_jax.export.1'
 _DECODER = 'decoder.safetensors'
+# As one program a shape: operation by operation, those of a network take seconds to compile.
+_integer_weight = jax.jit(integer_weight, static_argnums=1)
+_dequantize = jax.jit(dequantize)
 
 
 class Exported(NamedTuple):
@@ -128,26 +131,29 @@ def denoiser(exported: Exported, mode: str = 'integer') -> denoisers.Denoiser:
     """
     if mode not in ('integer', 'fake'):
         raise ValueError(f"mode={mode!r}: expected 'integer' or 'fake'.")
-    tables = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), exported.tables)
+    as_float32 = functools.partial(jax.tree.map, lambda a: np.asarray(a, np.float32))
     of_channels = exported.channel_timesteps
     params = {
-        'tables': tables,
-        'timesteps': jnp.asarray(exported.timesteps),
-        'channels': jax.tree.map(jnp.asarray, dict(exported.channels)),
-        'channel_timesteps': jnp.zeros(1) if of_channels is None else jnp.asarray(of_channels),
-        'branches': jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), dict(exported.branches)),
+        'tables': as_float32(exported.tables),
+        'timesteps': exported.timesteps,
+        'channels': dict(exported.channels),
+        'channel_timesteps': np.zeros(1, np.float32) if of_channels is None else of_channels,
+        'branches': as_float32(dict(exported.branches)),
     }
     if exported.correction is not None:
-        params['correction'] = jax.tree.map(jnp.asarray, exported.correction._asdict())
+        params['correction'] = exported.correction._asdict()
     if mode == 'integer':
-        params['params'] = jax.tree.map(jnp.asarray, exported.params)
+        params['params'] = exported.params
         params['weights'] = {
-            path: integer_weight(weight, exported.plan[path].inputs)
+            path: _integer_weight(weight, exported.plan[path].inputs)
             for path, weight in exported.weights.items()
         }
     else:
-        kernels = {path: dequantize(w) for path, w in exported.weights.items()}
-        params['params'] = jax.tree.map(jnp.asarray, with_kernels(exported.params, kernels))
+        kernels = {path: _dequantize(w) for path, w in exported.weights.items()}
+        params['params'] = with_kernels(exported.params, kernels)
+    # Copies: a CPU would go on reading the file that they were loaded from.
+    params = jax.tree.map(lambda a: np.array(a) if isinstance(a, np.ndarray) else a, params)
+    params = jax.device_put(params)
     predict = denoisers.QuantizedPredict(
         exported.network, tuple(exported.plan.items()), exported.lookup, mode
     )

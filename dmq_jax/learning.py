@@ -188,14 +188,14 @@ class Learnt(NamedTuple):
       state: learnt.
       duration_s: of learning.
       memory_mb: the most it held, see `runtime.memory`; None: nothing was learnt.
-      num_trained: numbers that were trained.
+      optimizers: that trained it, see `methods.base.num_trained`.
     """
 
     method: methods.Method
     state: dict[str, Any]
     duration_s: float
     memory_mb: float | None
-    num_trained: int
+    optimizers: list[Callable[..., Any]]
 
 
 def learn(context: Run, name: str) -> Learnt:
@@ -209,14 +209,20 @@ def learn(context: Run, name: str) -> Learnt:
     if context.teacher.encode_prompts is not None:  # what prompts are told as is not to be learnt
         params = {name: leaf for name, leaf in params.items() if name != networks.TABLE}
     inputs = params, stats.stats, key
-    state = programs.call_once(method.init, *inputs)
+    state: dict[str, Any] | None = None
     took = []
     folder, options = student_folder(context, name), student_options(context, student)
+
+    def begun() -> dict[str, Any]:
+        """What the next stage starts from; nothing is searched for that is learnt already."""
+        return programs.call_once(method.init, *inputs) if state is None else state
 
     def learnt(stage: str, run: Callable[..., Any], number: int) -> dict[str, Any]:
         """The state after a stage that is resumed where it was; `number` is that of its key."""
 
         def make() -> Any:
+            nonlocal state
+            state = begun()
             # Checkpoints outlive the artefact they lead to, and so need a mark of their own.
             artefacts.claim(folder / stage, options)
             teacher, given = context.teacher, {}
@@ -239,7 +245,8 @@ def learn(context: Run, name: str) -> Learnt:
             make=make,
             save=lambda path, result: finetune.save(path / 'state.safetensors', result),
             load=lambda path: finetune.load(
-                path / 'state.safetensors', jax.eval_shape(method.init, *inputs)
+                path / 'state.safetensors',
+                jax.eval_shape(method.init, *inputs) if state is None else state,
             ),
         )
         took.append((result.duration_s, result.memory_mb))
@@ -256,8 +263,8 @@ def learn(context: Run, name: str) -> Learnt:
         optimizers.append(method.optimizer)
     peaks = [memory_mb for _, memory_mb in took if memory_mb is not None]
     return Learnt(
-        method, state, sum(duration_s for duration_s, _ in took), max(peaks, default=None),
-        base.num_trained(state, optimizers),
+        method, begun(), sum(duration_s for duration_s, _ in took), max(peaks, default=None),
+        optimizers,
     )  # fmt: skip
 
 
@@ -338,7 +345,7 @@ def pack(context: Run, name: str) -> tuple[exporting.Exported, dict[str, Any]]:
     return model, {
         'finetune_seconds': learnt.duration_s,
         'method': student.method.name,
-        'trained_parameters': learnt.num_trained,
+        'trained_parameters': base.num_trained(learnt.state, learnt.optimizers),
         'training_mb': learnt.memory_mb,
         'set_mb': scale_sets.size_bytes(model) / memory.MEGABYTE if is_switched else None,
     }

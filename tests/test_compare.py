@@ -3,16 +3,19 @@
 import dataclasses
 import json
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
 
-from dmq_jax import compare, exporting, scale_sets, teachers
+from dmq_jax import command_line, compare, exporting, scale_sets, teachers
 from dmq_jax.config import (
     AdaptConfig,
     CalibrateConfig,
@@ -30,7 +33,7 @@ from dmq_jax.config import (
     TeacherConfig,
     TuneQDMConfig,
 )
-from dmq_jax.models.ddpm_unet import DDPMUNet
+from dmq_jax.models.dit import DiT
 from tests import test_pipeline as story
 from tests import tiny
 
@@ -38,9 +41,10 @@ from tests import tiny
 @pytest.fixture(scope='module')
 def config(tmp_path_factory):
     folder = tmp_path_factory.mktemp('files')
-    network = DDPMUNet(
-        channels=(8,), in_channels=1, layers_per_block=1, num_groups=4, down_attention=(False,),
-        mid_attention=False, num_class_embeds=tiny.NUM_CLASSES + 1,
+    # A transformer of one block compiles in less than half the time of the smallest U-Net.
+    network = DiT(
+        in_channels=1, out_channels=1, num_layers=1, num_heads=1, head_dim=8, sample_size=8,
+        num_classes=tiny.NUM_CLASSES,
     )  # fmt: skip
     teacher = folder / 'teacher.safetensors'
     teachers.save_teacher(teacher, tiny.random_denoiser(network))
@@ -51,7 +55,7 @@ def config(tmp_path_factory):
         options = {'weight_observer': 'minmax', 'activation_observer': 'minmax'}
         # Few layers: there is less to compile.
         rules = (
-            RuleConfig(pattern='conv_in|down_0/.*'),
+            RuleConfig(pattern='patches/proj|block_0/mlp/dense_0'),
             RuleConfig(pattern='.*', weight_bits=32, activation_bits=32),
         )
         return StudentConfig(
@@ -93,6 +97,18 @@ def config(tmp_path_factory):
 def workdir(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp('compare')
     compare.run(config, folder)
+    return folder
+
+
+def begun(workdir, folder, *, cells, students=()):
+    """A copy of a comparison without some cells, and without anything of some students."""
+    shutil.copytree(workdir, folder, dirs_exist_ok=True)
+    for name in ('table.json', *(f'cells/{cell}.costs.json' for cell in cells)):
+        (folder / name).unlink()
+    removed = [folder / 'cells' / cell for cell in cells]
+    removed += [folder / kind / name for kind in ('samples', 'students') for name in students]
+    for path in removed:
+        shutil.rmtree(path)
     return folder
 
 
@@ -186,6 +202,7 @@ def test_cells_made_before_a_stop_are_kept(workdir, config, tmp_path, monkeypatc
     monkeypatch.setattr(compare.pipeline, 'measure_network', measure)
     two = {name: config.students[name] for name in ('rtn_w8a8', 'rtn_w3a3')}
     config = dataclasses.replace(config, students=two)
+    begun(workdir, tmp_path, cells=('teacher', *two))
     with pytest.raises(Stopped):
         compare.run(config, tmp_path)
     partial = json.loads((tmp_path / 'table.json').read_text())['rows']
@@ -212,8 +229,10 @@ def test_a_cell_that_is_none_is_refused(config, tmp_path, names):
 
 
 def test_cells_made_one_by_one_are_those_made_together(config, workdir, tmp_path):
-    # The last first: the table keeps its order.
-    for name in ('rtn_w3a3', 'rtn_w8a8', 'teacher'):
+    # The last first: the table keeps its order. One of them is made from the start.
+    names = 'rtn_w3a3', 'rtn_w8a8', 'teacher'
+    begun(workdir, tmp_path, cells=config.students.keys() | {'teacher'}, students=names[:1])
+    for name in names:
         compare.run(config, tmp_path, [name])
     rows, whole = (
         json.loads((folder / 'table.json').read_text())['rows'] for folder in (tmp_path, workdir)
@@ -222,12 +241,12 @@ def test_cells_made_one_by_one_are_those_made_together(config, workdir, tmp_path
     assert [row['fd'] for row in rows] == [row['fd'] for row in whole[:3]]
 
 
-def test_a_cell_that_another_process_makes_is_refused(config, tmp_path):
+def test_a_cell_that_another_process_makes_is_refused(config, workdir):
     with (
-        compare.artefacts.sole_user(tmp_path / 'cells' / 'rtn_w8a8.lock'),
+        compare.artefacts.sole_user(workdir / 'cells' / 'rtn_w8a8.lock'),
         pytest.raises(ValueError, match='in use by process'),
     ):
-        compare.run(config, tmp_path, ['rtn_w8a8'])
+        compare.run(config, workdir, ['rtn_w8a8'])
 
 
 def command(*arguments):
@@ -266,25 +285,41 @@ def test_workers_make_the_same_table_and_go_on_where_they_were_stopped(tmp_path)
         assert one['fd'] == pytest.approx(other['fd'], rel=0.02)
 
 
-def test_a_cell_that_fails_is_named_and_the_others_are_there(tmp_path):
-    file, workdir = story.make_files(tmp_path), tmp_path / 'spread'
-    config = story.read_config(file)
+CONFIG_FILE = """
+import pickle
+from pathlib import Path
+from dmq_jax.config.conversion import to_config_dict
+
+
+def get_config(arg=None):
+    return to_config_dict(pickle.loads(Path({pickled!r}).read_bytes()))
+"""
+
+
+def test_a_cell_that_fails_is_named_and_the_others_are_there(config, workdir, tmp_path):
+    file, folder = tmp_path / 'run.py', tmp_path / 'spread'
+    (tmp_path / 'config.pickle').write_bytes(pickle.dumps(config))
+    file.write_text(CONFIG_FILE.format(pickled=str(tmp_path / 'config.pickle')))
+    begun(workdir, folder, cells=('rtn_w8a8', 'rtn_w3a3'), students=('rtn_w8a8', 'rtn_w3a3'))
     code = """
 import sys
+if '--cells=rtn_w8a8' in sys.argv:
+    raise ValueError('of rtn_w8a8')
 from dmq_jax import compare
-if '--cells=edm' in sys.argv:
-    raise ValueError('of edm')
 compare.main()
 """
-    arguments = f'--config={file}', f'--workdir={workdir}'
-    with pytest.raises(ValueError, match='tries again: edm.\n  edm: ValueError: of edm'):
-        compare.spread(config, workdir, 1, [sys.executable, '-c', code, *arguments])
-    rows = json.loads((workdir / 'table.json').read_text())['rows']
-    assert [row['name'] for row in rows] == ['teacher', 'rtn']
+    arguments = f'--config={file}', f'--workdir={folder}'
+    wanted = 'tries again: rtn_w8a8.\n  rtn_w8a8: ValueError: of rtn_w8a8'
+    with pytest.raises(ValueError, match=wanted):
+        compare.spread(config, folder, 1, [sys.executable, '-c', code, *arguments])
+    rows = json.loads((folder / 'table.json').read_text())['rows']
+    # A ConfigDict sorts its names.
+    assert [row['name'] for row in rows] == ['teacher', 'float', 'rtn_w3a3', 'tuned']
 
 
-def test_workers_beside_cells_are_refused(tmp_path):
-    file = story.make_files(tmp_path)
-    process = command(f'--config={file}', f'--workdir={tmp_path}', '--workers=2', '--cells=rtn')
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 2 and '--workers=2 beside --cells: use one of them' in errors
+def test_workers_beside_cells_are_refused(config, tmp_path, monkeypatch):
+    for name, value in (('_WORKERS', 2), ('_CELLS', ['rtn_w3a3'])):
+        monkeypatch.setattr(compare, name, types.SimpleNamespace(value=value))
+    with pytest.raises(ValueError, match='--workers=2 beside --cells: use one of them') as caught:
+        compare.join_and_run(config, tmp_path)
+    assert command_line._is_users(caught.value)

@@ -39,7 +39,24 @@ def bound(plan, inputs):
     teacher = tiny_blocks.teacher()
     method = methods.make(RoundToNearestConfig(), plan, 50)
     stats = tiny_blocks.observe(teacher, plan, inputs)
-    return method.bind(teacher.params, method.init(teacher.params, stats, jax.random.key(0)))
+
+    @jax.jit
+    def bind(params, stats):
+        return method.bind(params, method.init(params, stats, jax.random.key(0)))
+
+    return bind(teacher.params, stats)
+
+
+def seen(predict, params, inputs, is_wanted=bool):
+    """Arguments and output of the wanted modules of a network, by path: of all but itself."""
+
+    @jax.jit
+    def run(params, inputs):
+        with recorded_calls(is_wanted) as calls:
+            predict(params, *inputs)
+        return {path: (call.args, call.output) for path, call in calls.items()}
+
+    return run(params, inputs)
 
 
 def make_recorder(plan, inputs, found, device_mesh=None):
@@ -74,17 +91,15 @@ def test_inputs_are_of_the_quantized_network_and_targets_of_the_float_one(
     student = denoisers.fake_student(teacher, used, bound, tiny_blocks.visited(inputs), 'nearest')
     if not rounds_inputs:
         student.params['tables'] = {}
-    with recorded_calls(lambda path: path != '') as floats:
-        teacher.network.apply({'params': teacher.params}, *inputs)
-    with recorded_calls(lambda path: path != '') as students:
-        student.predict(student.params, *inputs)
+    floats = seen(teacher.predict, teacher.params, inputs)
+    students = seen(student.predict, student.params, inputs)
     for path in ('conv_in', 'block_0', 'block_1', 'conv_out', 'time_embed/dense_1'):
         _, shown = got[path]
-        jax.tree.map(assert_close, shown.args, students[path].args)
-        assert_close(shown.target, floats[path].output)
+        jax.tree.map(assert_close, shown.args, students[path][0])
+        assert_close(shown.target, floats[path][1])
         np.testing.assert_array_equal(shown.t, inputs.t)
     # The prefix is quantized: it makes a difference to what comes after, and to nothing before.
-    error = np.abs(got['block_1'][1].args[0] - floats['block_1'].args[0]).max()
+    error = np.abs(got['block_1'][1].args[0] - floats['block_1'][0][0]).max()
     assert error > 100 * TOLERANCE
     np.testing.assert_array_equal(got['conv_in'][1].args[0], inputs.x)
 
@@ -102,18 +117,24 @@ def test_a_joint_block_is_shown_the_inputs_of_the_network(plan, inputs, bound):
     network, shown = all_examples(plan, inputs, bound)['joint block']
     assert network == tiny_blocks.teacher().network
     np.testing.assert_array_equal(shown.args[0], inputs.x)
-    with recorded_calls(lambda path: path.endswith('time_proj')) as floats:
-        network.apply({'params': tiny_blocks.teacher().params}, *inputs)
+    teacher = tiny_blocks.teacher()
+    floats = seen(teacher.predict, teacher.params, inputs, lambda path: path.endswith('time_proj'))
     assert shown.target.keys() == floats.keys() == {'block_0/time_proj', 'block_1/time_proj'}
-    jax.tree.map(assert_close, shown.target, {p: call.output for p, call in floats.items()})
+    jax.tree.map(assert_close, shown.target, {p: said for p, (_, said) in floats.items()})
+
+
+@pytest.fixture(scope='module')
+def alone(plan, inputs, bound):
+    """What each block is shown by a program of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(examples, '_SEGMENT', 1)
+        return all_examples(plan, inputs, bound)
 
 
 @pytest.mark.parametrize('segment, num_programs', [(8, 1), (2, 3)])
 def test_blocks_share_programs_and_see_what_each_alone_would_see(
-    plan, inputs, bound, monkeypatch, segment, num_programs
+    plan, inputs, bound, alone, monkeypatch, segment, num_programs
 ):
-    monkeypatch.setattr(examples, '_SEGMENT', 1)
-    alone = all_examples(plan, inputs, bound)
     monkeypatch.setattr(examples, '_SEGMENT', segment)
     programs, original = set(), examples.Recorder._program
 

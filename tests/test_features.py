@@ -1,3 +1,8 @@
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,10 +17,23 @@ from tests import tiny
 BATCH_TOLERANCE = 2e-5
 
 
+class Taps(nn.Module):
+    """What is taken of Inception, for a thousandth of its work; tests/test_adm.py has itself."""
+
+    @nn.compact
+    def __call__(self, images):
+        x = images.astype(jnp.float32) / 127.5 - 1
+        x = nn.relu(nn.Conv(8, (4, 4), strides=4, name='conv')(x)).reshape(len(x), -1)
+        widths = {'2048': 2048, 'spatial': 2023, 'logits': 1008}
+        return {name: nn.Dense(width, name=f'tap_{name}')(x) for name, width in widths.items()}
+
+
 @pytest.fixture(scope='module')
-def network(tmp_path_factory):
-    path = tiny.write_inception(tmp_path_factory.mktemp('weights') / 'inception.safetensors')
-    return inception.load_inception(path)
+def network(images):
+    shapes = jax.eval_shape(Taps().init, jax.random.key(0), images)['params']
+    return inception.InceptionNetwork(
+        Taps(), tiny.random_like(shapes), '', Path('inception.safetensors'), 'taps'
+    )
 
 
 def random_images(count, seed=0, side=20):
@@ -29,12 +47,16 @@ def images():
     return random_images(11)
 
 
-@pytest.fixture(scope='module')
-def one_device(network, images):
+def on_one(network, images):
     return features.extract(
         network, [images], num_images=11, description='one', batch_size=8,
         device_mesh=mesh.make_mesh(1),
     )  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def one_device(network, images):
+    return on_one(network, images)
 
 
 def assert_close(a, b):
@@ -46,13 +68,23 @@ def assert_close(a, b):
     assert a.gaussian.count == b.gaussian.count == len(a.pool)
 
 
-def test_every_image_counts_once_on_one_device_and_on_eight(network, images, one_device):
-    eight = features.extract(
+def on_eight(network, images):
+    return features.extract(
         network, iter([images[:5], images[5:]]), num_images=None, description='eight',
         batch_size=8, device_mesh=mesh.make_mesh(8),
     )  # fmt: skip
+
+
+def test_every_image_counts_once_on_one_device_and_on_eight(network, images, one_device):
+    eight = on_eight(network, images)
     assert len(eight.pool) == 11
     assert_close(eight, one_device)
+
+
+@pytest.mark.slow  # the test before, and tests/metrics/test_inception.py
+def test_inception_itself_says_the_same_on_one_device_and_on_eight(images, tmp_path):
+    network = inception.load_inception(tiny.write_inception(tmp_path / 'inception.safetensors'))
+    assert_close(on_eight(network, images), on_one(network, images))
 
 
 def test_the_gaussians_are_those_of_the_features(one_device):
